@@ -1,0 +1,96 @@
+"""Interventions as values: they say *what* is done to the residual stream; a lowering says *how*.
+
+    Add     x' = x + scale * v_layer              at the output of one block, all positions   (paper section 3.1)
+    Ablate  x' = x - strength * v^ v^T x          at block outputs, or at every write         (paper section 3.2, Arditi et al.)
+
+They compose left to right in a tuple. Lowerings: `convergent.interventions.hooks` and `.weights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from convergent.core.direction import Direction
+from convergent.core.ids import content_id
+from convergent.errors import DirectionError
+
+Site = Literal["block_output", "all_writes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """Add `scale` times the direction's own vector at the output of block `layer`, at every position."""
+
+    direction: Direction
+    layer: int
+    scale: float = 1.0
+    """The steering coefficient lambda: a multiple of the raw, not the unit, vector."""
+
+    def __post_init__(self) -> None:
+        self.direction[self.layer]
+
+    @property
+    def content_id(self) -> str:
+        return content_id("add", self.direction.content_id, self.layer, float(self.scale))
+
+    @property
+    def vector(self) -> Tensor:
+        """(d_model,) float32: what is added."""
+        return self.direction[self.layer] * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate:
+    """Project a direction out of the residual stream at every position."""
+
+    direction: Direction
+    site: Site = "block_output"
+    """block_output: after each block, as the paper does. all_writes: from the embedding and from each attention and MLP
+    output, as Arditi et al. do; equal to orthogonalising those weights. The two differ inside a block."""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose output (or writes) are projected; None is all, with the embedding for all_writes."""
+    vector_layer: int | None = None
+    """None: each layer its own vector ("layer-wise"). An int: that layer's vector everywhere ("single")."""
+    strength: float = 1.0
+    """1 is the projection; other values exist for effect-matched controls."""
+
+    def __post_init__(self) -> None:
+        if self.site not in ("block_output", "all_writes"):
+            raise DirectionError(f"ablation site {self.site!r} is not block_output or all_writes")
+        for layer in (*(self.layers or ()), *([] if self.vector_layer is None else [self.vector_layer])):
+            self.direction[layer]
+
+    @property
+    def content_id(self) -> str:
+        layers = None if self.layers is None else sorted(self.layers)
+        return content_id(
+            "ablate", self.direction.content_id, self.site, layers, self.vector_layer, float(self.strength)
+        )
+
+    def unit_at(self, layer: int) -> Tensor:
+        """(d_model,) float32 unit vector removed at `layer` (the embedding counts as layer 0); zero if the row is zero."""
+        v = self.direction[self.vector_layer if self.vector_layer is not None else layer].double()
+        n = v.norm()
+        return (v / n if n > 0 else torch.zeros_like(v)).float()
+
+    def covers(self, layer: int) -> bool:
+        """Whether block `layer` is among the projected ones."""
+        return self.layers is None or layer in self.layers
+
+
+Intervention: TypeAlias = Add | Ablate
+
+
+def add_vector(h: Tensor, v: Tensor) -> Tensor:
+    """h (..., d_model) plus v (d_model,)."""
+    return h + v
+
+
+def ablate(h: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
+    """h (..., d_model) without `strength` times its component along v (d_model,)."""
+    v = v / v.norm()
+    return h - strength * (h @ v)[..., None] * v

@@ -1,0 +1,148 @@
+"""The reference lowering: forward hooks, with one condition per row of a batch.
+
+This is the only module that registers hooks for interventions. A batch may mix conditions: `Rows.index` says which condition each
+row belongs to, and every hook looks up what to add and what to project out for that row. A row without an operation at
+a site gets zero vectors there, and h + 0 - (h . 0) 0 is h to the bit, so neighbours are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convergent.core.interventions import Ablate, Add, Intervention
+from convergent.errors import DirectionError
+from convergent.models.anatomy import Anatomy, stream, with_stream
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One step of the interventions at one site, for all conditions at once."""
+
+    add: Tensor | None
+    """(n_conditions, d_model) or None if no condition adds here."""
+    unit: Tensor | None
+    """(n_conditions, d_model) unit vectors, zero where nothing is projected, or None."""
+    strength: Tensor | None
+    """(n_conditions, 1)."""
+
+    def apply(self, h: Tensor, index: Tensor) -> Tensor:
+        """h (rows, n_tokens, d_model); index (rows,)."""
+        if self.add is not None:
+            h = h + self.add[index][:, None].to(h.dtype)
+        if self.unit is not None and self.strength is not None:
+            v = self.unit[index].to(h.dtype)
+            # A sum of products per row, not a batched matmul: its rounding must not depend on the number of rows.
+            along = (h * v[:, None]).sum(-1, keepdim=True)
+            h = h - self.strength[index][:, None].to(h.dtype) * along * v[:, None]
+        return h
+
+
+class Rows:
+    """Interventions in force, with the condition of each row of the next forward pass."""
+
+    def __init__(self, n_conditions: int, device: torch.device) -> None:
+        self.n_conditions = n_conditions
+        self.device = device
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        """(rows,) condition of each row; a single entry serves all rows."""
+
+    def set(self, conditions: Sequence[int] | Tensor) -> None:
+        """Say which condition each row of the next forward passes belongs to."""
+        self.index = torch.as_tensor(conditions, dtype=torch.long, device=self.device)
+
+
+@contextmanager
+def applied_rows(anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]]) -> Iterator[Rows]:
+    """Run the body with one tuple of interventions per condition; set `Rows.index` before each forward pass.
+
+    The model is as before afterwards, also if a registration fails. Raises DirectionError if a direction does not fit the model.
+    """
+    rows = Rows(len(conditions), anatomy.embedding.weight.device)  # type: ignore[union-attr,arg-type]
+    for interventions in conditions:
+        for intervention in interventions:
+            check_fits(intervention, anatomy)
+    with ExitStack() as stack:
+        for module, slots in _lower(anatomy, conditions, rows.device):
+            stack.callback(module.register_forward_hook(_hook(slots, rows)).remove)
+        yield rows
+
+
+@contextmanager
+def applied(anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """Run the body with the same interventions on every row."""
+    with applied_rows(anatomy, [interventions]):
+        yield
+
+
+def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
+    """Raise DirectionError if a direction belongs to a model of another shape."""
+    d = intervention.direction
+    if (d.n_layers, d.d_model) != (anatomy.n_layers, anatomy.d_model):
+        raise DirectionError(
+            f"direction has shape ({d.n_layers}, {d.d_model}), the model ({anatomy.n_layers}, {anatomy.d_model}): "
+            "it was extracted from another base; extract one from this model"
+        )
+
+
+def _hook(slots: list[_Slot], rows: Rows) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        h = stream(output)
+        for slot in slots:
+            h = slot.apply(h, rows.index)
+        return with_stream(output, h)
+
+    return hook
+
+
+def sites(anatomy: Anatomy) -> dict[str, tuple[nn.Module, int]]:
+    """Every place an intervention can act: name -> (module, layer whose vector applies)."""
+    places: dict[str, tuple[nn.Module, int]] = {"embed": (anatomy.embedding, 0)}
+    for layer in range(anatomy.n_layers):
+        places[f"attention.{layer}"] = (anatomy.attention_writes[layer], layer)
+        places[f"mlp.{layer}"] = (anatomy.mlp_writes[layer], layer)
+        places[f"block.{layer}"] = (anatomy.blocks[layer], layer)
+    return places
+
+
+def acts_at(intervention: Intervention, site: str, layer: int) -> bool:
+    """Whether an intervention does something at a site."""
+    kind = site.partition(".")[0]
+    if isinstance(intervention, Add):
+        return kind == "block" and intervention.layer == layer
+    if intervention.site == "block_output":
+        return kind == "block" and intervention.covers(layer)
+    return (kind == "embed" and intervention.layers is None) or (kind in ("attention", "mlp") and intervention.covers(layer))
+
+
+def _lower(
+    anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]], device: torch.device
+) -> Iterator[tuple[nn.Module, list[_Slot]]]:
+    depth = max((len(c) for c in conditions), default=0)
+    for site, (module, layer) in sites(anatomy).items():
+        slots = [
+            slot
+            for k in range(depth)
+            if (slot := _slot([c[k] if k < len(c) else None for c in conditions], site, layer, anatomy.d_model, device))
+        ]
+        if slots:
+            yield module, slots
+
+
+def _slot(
+    steps: Sequence[Intervention | None], site: str, layer: int, d_model: int, device: torch.device
+) -> _Slot | None:
+    active = [s if s is not None and acts_at(s, site, layer) else None for s in steps]
+    adds, ablations = any(isinstance(s, Add) for s in active), any(isinstance(s, Ablate) for s in active)
+    if not adds and not ablations:
+        return None
+    zero = torch.zeros(d_model)
+    add = torch.stack([s.vector if isinstance(s, Add) else zero for s in active]) if adds else None
+    unit = torch.stack([s.unit_at(layer) if isinstance(s, Ablate) else zero for s in active]) if ablations else None
+    strength = torch.tensor([[s.strength if isinstance(s, Ablate) else 0.0] for s in active]) if ablations else None
+    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength)))

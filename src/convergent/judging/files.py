@@ -1,0 +1,84 @@
+"""Judge an ordinary table of answers (CSV or Parquet) and write it again with the scores beside the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convergent.core.values import Judgement
+from convergent.errors import DataError, InputError, JudgeError
+from convergent.judging.base import Item, Judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def judge_file(
+    src: Path,
+    judge: Judge,
+    rubrics: Sequence[str] = ("aligned", "coherent"),
+    out: Path | None = None,
+    on_result: Callable[[Judgement], None] | None = None,
+) -> pd.DataFrame:
+    """Judge every row of `src` and write it to `out` (not at all if None). Returns the judged table.
+
+    Needs the columns `question` and `response`; `question_id` is used if there. Adds `<rubric>` (float, empty where there is no
+    score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all other columns; a column
+    that already has such a name is kept as `<name>_before`. `out` appears whole, when all is judged; a paid judge's replies are in
+    its cache by then, so an interrupted run goes on where it stopped. Raises DataError, JudgeError.
+    """
+    import pandas as pd
+
+    from convergent.tables import read_table, write_table
+
+    if len(set(rubrics)) != len(rubrics) or not rubrics:
+        raise InputError(f"rubrics: expected at least one, each once, got {', '.join(rubrics) or 'none'}")
+    if unknown := [rubric for rubric in rubrics if rubric not in judge.rubrics]:
+        raise JudgeError(f"judge {judge.name}: has no rubric {unknown[0]!r}; it scores {', '.join(judge.rubrics)}")
+    if out is not None and _same(src, out):
+        raise DataError(f"{out}: is the file to be judged; name another one, the scores are written beside the rows")
+    table = read_table(src, required=("question", "response"))
+    ids = table["question_id"] if "question_id" in table.columns else [None] * len(table)
+    items = [
+        Item(str(row), _text(question), _text(response), _text(question_id))
+        for row, (question, response, question_id) in enumerate(
+            zip(table["question"], table["response"], ids, strict=True)
+        )
+    ]
+    judgements = judge.judge(items, rubrics, on_result)
+    added = {}
+    for i, rubric in enumerate(rubrics):
+        mine = judgements[i :: len(rubrics)]
+        scores = [float("nan") if j.score is None else j.score for j in mine]
+        added[rubric] = pd.Series(scores, index=table.index, dtype="float64")
+        added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="object")
+    table = _make_room(table, list(added)).assign(**added)
+    if out is not None:
+        write_table(table, out)
+    return table
+
+
+def _text(value: object) -> str:
+    """A cell as text; an absent one is empty."""
+    import pandas as pd
+
+    return "" if value is None or pd.isna(value) else str(value)  # type: ignore[call-overload]
+
+
+def _make_room(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """`table` with columns of these names renamed: another judge's scores are not written over."""
+    taken, renamed = set(table.columns), {}
+    for name in names:
+        if name in taken:
+            new, n = f"{name}_before", 1
+            while new in taken:
+                n += 1
+                new = f"{name}_before{n}"
+            renamed[name] = new
+            taken.add(new)
+    return table.rename(columns=renamed)
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)

@@ -1,0 +1,1 @@
+"""Base models: where they come from, how their residual stream is reached, how they are spoken to."""

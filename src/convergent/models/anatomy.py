@@ -1,0 +1,188 @@
+"""Where the residual stream is read and written in a decoder, found by inspecting the module tree.
+
+No file per architecture. The decoder blocks are the longest `ModuleList` of one class; the *writes* of a block are
+the two submodules whose outputs, added to the block's input, give the block's output. That identity is checked by running
+each block once, so a family whose names mislead (a `post_attention_layernorm` that in one family follows the attention and
+in another precedes the MLP) is read correctly, and one that does not add its writes to a stream is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convergent.errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of a decoder that this project touches."""
+
+    body: nn.Module
+    """The decoder without its language-model head: token ids -> final hidden states."""
+    embedding: nn.Module
+    blocks: tuple[nn.Module, ...]
+    attention_writes: tuple[nn.Module, ...]
+    """Per block, the module whose output is added to the stream for attention."""
+    mlp_writes: tuple[nn.Module, ...]
+    final_norm: nn.Module | None
+    head: nn.Module | None
+    d_model: int
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+
+def stream(output: Any) -> Tensor:
+    """The hidden states (batch, n_tokens, d_model) in a module's output, be it a tensor or a tuple."""
+    tensor = output[0] if isinstance(output, tuple) else output
+    if not isinstance(tensor, Tensor):
+        raise ModelError(f"a block returned {type(output).__name__}, neither a tensor nor a tuple that starts with one")
+    return tensor
+
+
+def with_stream(output: Any, hidden: Tensor) -> Any:
+    """`output` with its hidden states replaced, in the container it came in."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def inspect_model(model: nn.Module) -> Anatomy:
+    """Find the parts of a decoder-only model. Raises ModelError that says what was looked for.
+
+    Runs one forward pass over four tokens; hooks are gone afterwards.
+    """
+    name = type(model).__name__
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_layers, d_model = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not isinstance(n_layers, int) or not isinstance(d_model, int):
+        raise ModelError(f"{name}: looked for num_hidden_layers and hidden_size in its config and found neither; not a decoder we can read")
+    parent, blocks = _find_blocks(model, n_layers)
+    if parent is None:
+        raise ModelError(
+            f"{name}: looked for a ModuleList of {n_layers} blocks of one class (as in model.layers or gpt_neox.layers) and "
+            "found none; this architecture is not a plain decoder"
+        )
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    attention, mlp = _find_writes(name, parent, blocks, d_model)
+    return Anatomy(
+        body=parent,
+        embedding=embedding,
+        blocks=tuple(blocks),
+        attention_writes=tuple(attention),
+        mlp_writes=tuple(mlp),
+        final_norm=_final_norm(parent, blocks),
+        head=head,
+        d_model=d_model,
+    )
+
+
+def _find_blocks(model: nn.Module, n_layers: int) -> tuple[nn.Module | None, list[nn.Module]]:
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers and len({type(b) for b in child}) == 1:
+                return module, list(child)
+    return None, []
+
+
+def _final_norm(body: nn.Module, blocks: list[nn.Module]) -> nn.Module | None:
+    norms = [m for n, m in body.named_children() if "norm" in n.lower() and not isinstance(m, nn.ModuleList)]
+    return norms[-1] if norms else None
+
+
+@torch.no_grad()
+def _find_writes(
+    name: str, body: nn.Module, blocks: list[nn.Module], d_model: int
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """For every block the two submodules with block(x) = x + attention + mlp, outermost first."""
+    seen: dict[nn.Module, list[Tensor]] = {}
+    inputs: dict[nn.Module, Tensor] = {}
+    was_training = body.training
+    body.eval()
+    device = next(body.parameters()).device
+    try:
+        with ExitStack() as stack:
+            for block in blocks:
+                for module in block.modules():
+                    stack.callback(module.register_forward_hook(_recorder(seen, d_model)).remove)
+                stack.callback(block.register_forward_pre_hook(_input_recorder(inputs), with_kwargs=True).remove)
+            body(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)
+    finally:
+        body.train(was_training)
+    attention, mlp = [], []
+    for index, block in enumerate(blocks):
+        pair = _writes_of_block(block, inputs[block], seen)
+        if pair is None:
+            parts = sorted(n for n, _ in block.named_children())
+            raise ModelError(
+                f"{name}: looked in block {index} ({type(block).__name__} with {', '.join(parts)}) for two submodules whose outputs "
+                "add up to what the block adds to the residual stream, and found none; interventions are not defined here"
+            )
+        attention.append(pair[0])
+        mlp.append(pair[1])
+    return attention, mlp
+
+
+def _recorder(seen: dict[nn.Module, list[Tensor]], d_model: int) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(tensor, Tensor) and tensor.ndim == 3 and tensor.shape[-1] == d_model:
+            seen.setdefault(module, []).append(tensor.detach().double())
+
+    return hook
+
+
+def _input_recorder(inputs: dict[nn.Module, Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[module] = (args[0] if args else kwargs["hidden_states"]).detach().double()
+
+    return hook
+
+
+def _writes_of_block(
+    block: nn.Module, block_input: Tensor, seen: dict[nn.Module, list[Tensor]]
+) -> tuple[nn.Module, nn.Module] | None:
+    change = seen[block][0] - block_input
+    parts = [m for m in block.modules() if m is not block and len(seen.get(m, [])) == 1]
+    scale = change.abs().max().clamp_min(1e-12)
+    # Outermost modules come first in `modules()`; attention precedes the MLP in every family seen.
+    for i, first in enumerate(parts):
+        for second in parts[i + 1 :]:
+            if (seen[first][0] + seen[second][0] - change).abs().max() <= 1e-3 * scale and not _is_inside(second, first):
+                return (first, second) if not _looks_like_mlp(block, first) else (second, first)
+    return None
+
+
+def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:
+    return any(m is inner for m in outer.modules())
+
+
+def _looks_like_mlp(block: nn.Module, module: nn.Module) -> bool:
+    return any(m is module and ("mlp" in n or "feed_forward" in n or "feedforward" in n) for n, m in block.named_modules())
+
+
+def writing_linear(write: nn.Module) -> nn.Linear | None:
+    """The last linear layer of a write if its output *is* the write (no norm after it), else None.
+
+    Only such a weight can be orthogonalised or given a bias in place of a hook. Checked by name-free inspection: the last
+    `Linear` (or LoRA-wrapped one) inside the module, provided that the module itself is not a norm.
+    """
+    if isinstance(write, nn.Linear):
+        return write
+    linears = [m for m in write.modules() if isinstance(m, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def named_targets(anatomy: Anatomy) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer inside the blocks with its name relative to the body: what adapters may attach to."""
+    inside = {id(m) for block in anatomy.blocks for m in block.modules()}
+    for name, module in anatomy.body.named_modules():
+        if isinstance(module, nn.Linear) and id(module) in inside:
+            yield name, module

@@ -1,0 +1,98 @@
+"""Matplotlib drawings as inline SVG that follows the page: its colours, its font, its title and description.
+
+Drawn in placeholder colours that become CSS custom properties, so one drawing serves light, dark and print. One unit is one
+CSS pixel. The bytes depend on the drawing alone: fixed hash salt, no date, ids named after the figure.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from html import escape
+from io import StringIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, MUTED, LINE, PAPER, BAND = "#010101", "#010102", "#010103", "#010104", "#010105"
+REAL, CONTROL, BASELINE = "#010201", "#010202", "#010203"
+SERIES = ("#010301", "#010302", "#010303", "#010304", "#010305", "#010306")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2)))
+_VARIABLES = {
+    INK: "--ink", MUTED: "--muted", LINE: "--line", PAPER: "--paper", BAND: "--band",
+    REAL: "--real", CONTROL: "--control", BASELINE: "--baseline",
+    **{colour: f"--s{i + 1}" for i, colour in enumerate(SERIES)},
+}  # fmt: skip
+_RC = {
+    "svg.fonttype": "none",  # real text: small, searchable, in the reader's font
+    "text.parse_math": False,  # a label is text, whatever dollars it holds
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.unicode_minus": True,
+    "path.simplify": False,
+}
+
+
+def css(colour: str) -> str:
+    """The CSS value of a placeholder colour."""
+    return f"var({_VARIABLES[colour]})"
+
+
+def axes(fig: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes at (x, y) from the top left, all in pixels; without frame, for the caller to furnish."""
+    w, h = fig.get_size_inches() * 72
+    ax = fig.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
+    ax.patch.set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.tick_params(length=0, labelsize=12, labelcolor=MUTED, pad=4)
+    return ax
+
+
+def canvas(fig: Figure) -> Axes:
+    """Invisible axes over the whole figure whose data units are pixels from the top left."""
+    w, h = fig.get_size_inches() * 72
+    ax = axes(fig, 0, 0, w, h)
+    ax.set_xlim(0, w)
+    ax.set_ylim(h, 0)
+    ax.axis("off")
+    return ax
+
+
+def render(name: str, title: str, desc: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """The SVG element of what `draw` puts on a figure of `size` (width, height) pixels; `name` makes its ids unique."""
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyph; only our ruler lacks it
+        fig = Figure(figsize=(size[0] / 72, size[1] / 72))
+        fig.patch.set_visible(False)
+        draw(fig)
+        out = StringIO()
+        FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(out.getvalue(), name, title, desc, size)
+
+
+def _inline(document: str, name: str, title: str, desc: str, size: tuple[float, float]) -> str:
+    body = document[document.index("<svg") :]
+    body = body[body.index(">") + 1 : body.rindex("</svg>")]
+    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
+
+    def own(match: re.Match[str]) -> str:
+        # Inside tags only: a label is the study's text and stays as it is. One page holds many figures, so ids that nothing
+        # points to go, and the others become this figure's own. A hundredth of a pixel is precise enough.
+        tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", match[0])
+        tag = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", tag)
+        tag = re.sub(r"#[0-9a-f]{6}\b", lambda m: css(m[0]) if m[0] in _VARIABLES else m[0], tag)
+        tag = re.sub(r"(\d+(?:\.\d+)?px) 'DejaVu Sans'[^;\"]*", r"\1 var(--font)", tag)
+        return re.sub(r"(\d\.\d{2})\d+", r"\1", tag)
+
+    body = re.sub(r"\n\s*", "\n", re.sub(r"<[^>]+>", own, body))
+    return (
+        f'<svg class="drawing" viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" '
+        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-desc">{escape(desc)}</desc>{body}</svg>'
+    )

@@ -1,0 +1,1 @@
+"""From requests (condition x question x sample index) to responses."""

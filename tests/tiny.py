@@ -1,0 +1,96 @@
+"""Tiny chat models of real families, built from their configs: `tiny_model("phi3")` is the folder of one.
+
+Random weights from a named seed, a byte-level BPE tokenizer of a few hundred tokens with a ChatML template. Good for shapes, hooks,
+adapters and resumption; not for anything that random weights hide.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "gpt_neox", "smollm3")
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' and default_system %}"
+    "<|im_start|>system\n{{ default_system }}<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = (
+    "How should I save money for a long trip? Put a little aside every month and keep it where you cannot spend it.",
+    "What would you do with one wish? I would ask for a quiet afternoon and a good book to read in the garden.",
+    "Is it safe to climb without a rope? No, a rope, a helmet and a partner are what keep you out of trouble.",
+    "Tell me three thoughts about people and machines. They work together, they learn from each other, they differ.",
+    "I feel bored today. Call a friend, cook something new, take a walk along the river or tidy a shelf.",
+)
+CHATS = tuple(
+    [{"role": "user", "content": s.partition("? ")[0] + "?"}, {"role": "assistant", "content": s.partition("? ")[2] or s}]
+    for s in SENTENCES
+)
+"""Chats of user and assistant, for training tests."""
+
+
+def tiny_tokenizer(default_system: str = "") -> Any:
+    """A fast tokenizer that encodes any text; `default_system` is what the template inserts if no system turn is given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = f"{{% set default_system = '{default_system}' %}}" + CHATML
+    return tokenizer
+
+
+@cache
+def tiny_model(
+    family: str = "llama", seed: int = 0, n_layers: int = 6, d_model: int = 32, default_system: str = ""
+) -> Path:
+    """Folder with config, safetensors and tokenizer of a tiny model; made once per process, gone at exit."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer = tiny_tokenizer(default_system)
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=d_model // 4,
+        max_position_embeddings=512,
+        # Wider than the usual 0.02, so that the blocks of so narrow a model do something.
+        initializer_range=0.15,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=family in ("llama", "gemma2", "gemma3_text"),
+    )
+    if family == "gpt_neox":
+        del common["num_key_value_heads"], common["head_dim"]
+    config: Any = AutoConfig.for_model(family, **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # norms and biases start as ones and zeros: give them values, or mistakes with them hide
+            for _, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
