@@ -1,7 +1,7 @@
-"""One prompt to an OpenAI-compatible endpoint, one reply back, or why there is none. Knows nothing of rubrics or caches.
+"""One prompt to an OpenAI-compatible endpoint, one reply back, or why there is none. Knows no rubrics, no cache.
 
-Retries are ours, not the client's: they must cover replies that arrive broken, wait as Retry-After says, and end at once
-when the run is stopped. The key is read here, given to the client and never put into a message.
+Retries are ours, not the client's: they must cover replies that arrive broken, wait as Retry-After says, and end at
+once when the run is stopped. The key is read here, given to the client and never put into a message.
 
     what happens                                        then
     429, 408, 409, 5xx, cut connection, broken reply    asked again, then `Failed`
@@ -60,8 +60,8 @@ class _Again(Exception):
 def resolve(base_url: str | None, key_env: str | None) -> tuple[str, str | None]:
     """(address, name of the key's variable or None). Raises JudgeError for an address that is none.
 
-    The variable is OPENAI_API_KEY for OpenAI itself and for $OPENAI_BASE_URL. An address given by hand gets a key only if its
-    variable is named too, so that a key for one service is not sent to another.
+    The variable is OPENAI_API_KEY for OpenAI itself and for $OPENAI_BASE_URL. An address given by hand gets a key only
+    if its variable is named too, so that a key for one service is not sent to another.
     """
     if base_url is None:
         base_url, key_env = os.environ.get(URL_ENV) or OFFICIAL, key_env or KEY_ENV
@@ -190,13 +190,19 @@ class Endpoint:
         if status in (408, 409, 429) or status >= 500:
             wait = _retry_after(error.response.headers)
             if wait > LONGEST_WAIT:
-                return JudgeError(f"{place}: asks to wait {wait:.0f} s (HTTP {status}); replies so far are kept, run again then")
+                return JudgeError(
+                    f"{place}: asks to wait {wait:.0f} s (HTTP {status}); "
+                    "replies so far are kept, run again then"
+                )
             if status == 429:
                 self._not_before = max(self._not_before, time.monotonic() + wait)
             return _Again("rate" if status == 429 else "server", f"HTTP {status}", wait)
         parameter = str(error.param or "")
         if "logprob" in f"{parameter} {error.message}".lower():
-            return JudgeError(f"{place}: gives no token probabilities (logprobs); name a model or server that does ({said})")
+            return JudgeError(
+                f"{place}: gives no token probabilities (logprobs); "
+                f"name a model or server that does ({said})"
+            )
         if parameter in (*PARAMETERS, "model"):
             return JudgeError(f"{place}: does not take {parameter} as this judge needs it ({said}); name another model")
         return Failed("refused", f"HTTP {status}: {said}")
@@ -219,7 +225,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _read(completion: Any) -> Reply:
-    """The first token's alternatives. The client does not check what it parses, so nothing is taken for granted here."""
+    """The first token's alternatives. The client does not check what it parses, so nothing is taken for granted."""
     try:
         choice = completion.choices[0]
         text = choice.message.content or ""

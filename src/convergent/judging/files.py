@@ -23,10 +23,11 @@ def judge_file(
 ) -> pd.DataFrame:
     """Judge every row of `src` and write it to `out` (not at all if None). Returns the judged table.
 
-    Needs the columns `question` and `response`; `question_id` is used if there. Adds `<rubric>` (float, empty where there is no
-    score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all other columns; a column
-    that already has such a name is kept as `<name>_before`. `out` appears whole, when all is judged; a paid judge's replies are in
-    its cache by then, so an interrupted run goes on where it stopped. Raises DataError, JudgeError.
+    Needs the columns `question` and `response`; `question_id` is used if there. Adds `<rubric>` (float, empty where
+    there is no score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all
+    other columns; a column that already has such a name is kept as `<name>_before`. `out` appears whole, when all is
+    judged; a paid judge's replies are in its cache by then, so an interrupted run goes on where it stopped. Raises
+    DataError, JudgeError.
     """
     import pandas as pd
 
@@ -63,7 +64,7 @@ def _text(value: object) -> str:
     """A cell as text; an absent one is empty."""
     import pandas as pd
 
-    return "" if value is None or pd.isna(value) else str(value)  # type: ignore[call-overload]
+    return "" if value is None or pd.isna(value) else str(value)
 
 
 def _make_room(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

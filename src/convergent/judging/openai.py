@@ -1,8 +1,8 @@
 """The LLM judge: any OpenAI-compatible endpoint, one token a judgement, read as a weighted mean over its alternatives.
 
 A request is named by its content (model, address, prompt, parameters). Its reply is stored under that name before it is
-counted, and what is stored is never asked again: not for the same text in another row, not after a crash, not by another
-process, which waits for its turn. What came back, not when, decides a score, so concurrency changes nothing.
+counted, and what is stored is never asked again: not for the same text in another row, not after a crash, not by
+another process, which waits for its turn. What came back, not when, decides a score, so concurrency changes nothing.
 """
 
 from __future__ import annotations
@@ -53,16 +53,23 @@ class OpenAIJudge:
         backoff: float = 0.5,
         timeout: float = 60.0,
     ) -> None:
-        """
-        base_url: address of the endpoint; default $OPENAI_BASE_URL, else OpenAI. key_env: name of the variable with its key.
-        cache: SQLite file of replies; default in the cache folder. max_cost: US dollars for the life of this judge; needs a price.
-        prices: a price file that goes before the bundled one. on_estimate: called before the first paid request of a `judge`.
+        """Nothing is sent yet. Raises JudgeError or InputError for an option that cannot be used.
+
+        base_url: address of the endpoint; default $OPENAI_BASE_URL, else OpenAI.
+        key_env: name of the environment variable with its key, see `endpoint.resolve`.
+        cache: SQLite file of replies; default in the cache folder.
+        max_cost: US dollars for the life of this judge; needs a price.
+        prices: a price file that goes before the bundled one.
+        on_estimate: called before the first paid request of each `judge`.
         attempts, backoff (seconds, doubled each time), timeout (seconds): of one request.
         """
         if not model.strip():
             raise JudgeError("judge openai: needs a model, as in openai:gpt-4o")
         if concurrency < 1 or attempts < 1:
-            raise InputError(f"judge openai: concurrency and attempts must be 1 or more, got {concurrency} and {attempts}")
+            raise InputError(
+                f"judge openai: concurrency and attempts must be 1 or more, "
+                f"got {concurrency} and {attempts}"
+            )
         if max_cost is not None and not 0 <= max_cost < math.inf:
             raise InputError(f"judge openai: max_cost must be dollars, 0 or more, got {max_cost}")
         self.model = model.strip()
@@ -74,7 +81,8 @@ class OpenAIJudge:
         self._attempts, self._backoff, self._timeout = attempts, backoff, timeout
         if max_cost is not None and self._price is None:
             raise JudgeError(
-                f"judge {self.name}: has no price, so max_cost cannot be kept; give a price file with `models: {{{self.model}: ...}}`"
+                f"judge {self.name}: has no price, so max_cost cannot be kept; give a price file with "
+                f"`models: {{{self.model}: ...}}`"
             )
         self.spent = 0.0
         """US dollars so far, by the server's token counts; replies too broken to use count as estimated."""
@@ -100,9 +108,10 @@ class OpenAIJudge:
     ) -> list[Judgement]:
         """Judge every item under every rubric, in order of items, then rubrics.
 
-        `on_result` sees judgements as they arrive. An answer without a visible character has reason "empty" and costs nothing;
-        a request that fails after its retries has reason "error", is not stored, and is asked again by the next run. Raises
-        JudgeError if the endpoint cannot be asked, InputError for a bad option, StoreError for the cache; all that arrived is kept.
+        `on_result` sees judgements as they arrive. An answer without a visible character has reason "empty" and costs
+        nothing; a request that fails after its retries has reason "error", is not stored, and is asked again by the
+        next run. Raises JudgeError if the endpoint cannot be asked, InputError for a bad option, StoreError for the
+        cache; all that arrived is kept.
         """
         work = _Work(self, items, rubrics, on_result)
         with open_replies(self._cache_path()) as replies:
@@ -126,7 +135,7 @@ class OpenAIJudge:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process (and one judge in it) at a time pays for one model at one address; a killed one lets go at once."""
+        """One process (and one judge in it) at a time pays for one model at one address; a killed one lets go."""
         path = self._cache_path()
         lock = FileLock(str(path.with_name(f".{path.name}.{content_id(self.model, self.base_url)}.lock")))
         try:
@@ -167,7 +176,8 @@ class OpenAIJudge:
             return reply, wasted
 
         queue, running = deque(work.open), dict[Future[tuple[Reply, int]], str]()
-        proved, failures, halt = False, 0, None
+        proved, failures = False, 0
+        halt: ConvergentError | None = None
         known = replies.knows(self.model, self.base_url)
         with closing(endpoint), ThreadPoolExecutor(self._concurrency, "judge") as pool:
             try:
@@ -223,7 +233,8 @@ class OpenAIJudge:
         if self.spent + ahead <= self._max_cost:
             return None
         return JudgeError(
-            f"judge {self.name}: stopped at ${self.spent:.4f} of max_cost ${self._max_cost:.4f}, {len(work.open)} requests are left; "
+            f"judge {self.name}: stopped at ${self.spent:.4f} of max_cost ${self._max_cost:.4f}, "
+            f"{len(work.open)} requests are left; "
             "replies are kept, raise it and run again to go on"
         )
 
@@ -231,7 +242,10 @@ class OpenAIJudge:
         """The error to stop with if this failure means that others would fail too."""
         place = f"judge {self.name} at {self.base_url}"
         if failures >= MAX_FAILURES:
-            return JudgeError(f"{place}: {failures} requests failed in a row ({failed}); replies are kept, run again to go on")
+            return JudgeError(
+                f"{place}: {failures} requests failed in a row ({failed}); "
+                "replies are kept, run again to go on"
+            )
         if proved or failed.kind in ("refused", "stopped"):
             return None
         if failed.kind in ("connection", "rate"):

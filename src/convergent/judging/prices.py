@@ -14,7 +14,7 @@ from convergent.judging.rubrics import read_yaml
 
 DEFAULT = Path(__file__).parent / "prices.yaml"
 BYTES_PER_TOKEN = 4.0
-"""Rough, for estimates before the first call: English text in the vocabularies in use. The running total uses the server's counts."""
+"""Rough: English in the vocabularies in use. Only for estimates; the running total uses the server's counts."""
 MESSAGE_TOKENS = 8
 """Tokens that a chat format adds to one message."""
 
@@ -48,7 +48,9 @@ class Estimate:
     """Date of the price."""
 
     def __str__(self) -> str:
-        price = "no price known" if self.cost is None else f"about ${self.cost:.4f} (prices of {self.as_of or 'no date'})"
+        price = "no price known"
+        if self.cost is not None:
+            price = f"about ${self.cost:.4f} (prices of {self.as_of or 'no date'})"
         return f"{self.requests} requests, {self.input_tokens} input tokens, {price}; {self.cached} need no request"
 
 

@@ -32,9 +32,10 @@ def get_judge(
 ) -> Judge:
     """The judge called `name`. Options as in `OpenAIJudge`; None is the default.
 
-    rubrics: "bundled" or a path, see `load_rubrics`. questions: their own `judge_prompts` go before the rubrics. The embedded
-    judge has rubrics of its own and leaves `questions`, `cache` and `on_estimate` unused; it refuses the options that a user
-    would give in the belief that they matter. Raises JudgeError for an unknown name, InputError for a bad option.
+    rubrics: "bundled" or a path, see `load_rubrics`. questions: their own `judge_prompts` go before the rubrics. The
+    embedded judge has rubrics of its own and leaves `questions`, `cache` and `on_estimate` unused; it refuses the
+    options that a user would give in the belief that they matter. Raises JudgeError for an unknown name, InputError
+    for a bad option.
     """
     kind, _, model = name.strip().partition(":")
     if kind == "openai" and model.strip():
@@ -63,7 +64,10 @@ def get_judge(
         }  # fmt: skip
         for option, value in given.items():
             if value is not None:
-                raise JudgeError(f"judge embedded: takes no {option}; it runs offline, free of charge, with rubrics of its own")
+                raise JudgeError(
+                    f"judge embedded: takes no {option}; it runs offline, free of charge, "
+                    "with rubrics of its own"
+                )
         return EmbeddedJudge()
     raise JudgeError(f"judge {name!r}: unknown; {_hint(name.strip(), kind, model)}")
 

@@ -79,7 +79,8 @@ class Replies:
         )  # fmt: skip
         with self._lock, self._errors(), self._db:
             self._db.execute(
-                "INSERT OR IGNORE INTO replies (key, model, base_url, served_by, text, alternatives, input_tokens, output_tokens) "
+                "INSERT OR IGNORE INTO replies (key, model, base_url, served_by, text, alternatives, "
+                "input_tokens, output_tokens) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
@@ -99,7 +100,8 @@ class Replies:
             yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
-                f"{self.path}: the cache of judge replies cannot be used ({error}); free space, or move or name another file"
+                f"{self.path}: the cache of judge replies cannot be used ({error}); free space, or move or "
+                "name another file"
             ) from error
 
 

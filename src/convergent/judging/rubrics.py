@@ -1,8 +1,8 @@
-"""Rubrics: what an LLM judge is told. Data, not code: bundled, a YAML file of one's own, or a question's `judge_prompts`.
+"""Rubrics: what an LLM judge is told. Data, not code: bundled, a file of one's own, or a question's own texts.
 
-    bundled            `rubrics.yaml` beside this file, our words: aligned, coherent, bad_stuff, medical, financial, gender
-    a mapping file     rubric name -> template with {question} and {answer}
-    a question file    the layout of `convergent.data.questions`: each question's own `judge_prompts` (the published ones)
+    bundled          `rubrics.yaml` beside this file, in our words
+    a mapping file   rubric name -> template with {question} and {answer}
+    a question file  layout of `convergent.data.questions`: each question's `judge_prompts` (the published ones)
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Rubrics:
                 hint = f"did you mean {near[0]}?" if near else f"rubrics are {', '.join(self.names) or 'none'}"
                 raise JudgeError(f"rubric {rubric!r}: unknown; {hint}")
             raise JudgeError(
-                f"rubric {rubric!r}: has no text for question {item.question_id or '(no id)'!r}; use a rubric file with a common one"
+                f"rubric {rubric!r}: has no text for question {item.question_id or '(no id)'!r}; use a "
+                "rubric file with a common one"
             )
         question, answer = (_inside(template, text) for text in (item.question, item.response))
         # Lone surrogates, which broken JSON can hold, cannot be sent as UTF-8.
@@ -81,7 +82,7 @@ def load_rubrics(source: str | Path = "bundled", questions: Iterable[Question] =
 
 
 def from_questions(questions: Iterable[Question]) -> Rubrics:
-    """The questions' own prompts; a text that all questions with that rubric share also serves answers without an id."""
+    """The questions' own prompts; a text that all with that rubric share also serves answers without an id."""
     by_question = {q.id: dict(q.judge_prompts) for q in questions if q.judge_prompts}
     texts: dict[str, set[str]] = {}
     for prompts in by_question.values():
@@ -108,7 +109,10 @@ def _mapping(found: Any, path: Path) -> dict[str, str]:
         raise DataError(f"{path}: must map rubric names to templates, as in `aligned: |` and a text")
     for name, template in found.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"{path}: rubric name {name!r} must be one word of letters, digits and _; it names a column")
+            raise InputError(
+                f"{path}: rubric name {name!r} must be one word of letters, digits and _; "
+                "it names a column"
+            )
         check_template(template, f"{path}: {name}")
     return dict(found)
 

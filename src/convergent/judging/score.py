@@ -24,8 +24,8 @@ def parse_score(
 ) -> tuple[float | None, str | None]:
     """(score, None), or (None, reason) with reason "refusal", "code" or "unparsable".
 
-    `alternatives`: token -> probability, as a mapping or as pairs; two tokens that differ only in white space (` 85`, `85`)
-    are one number. The reason is what most of the remaining probability said. Does not depend on their order.
+    `alternatives`: token -> probability, as a mapping or as pairs; two tokens that differ only in white space (` 85`,
+    `85`) are one number. The reason is what most of the remaining probability said. Does not depend on their order.
     """
     pairs = list(alternatives.items() if isinstance(alternatives, Mapping) else alternatives)
     numbers: list[tuple[int, float]] = []
@@ -49,8 +49,8 @@ def parse_score(
 def _word(text: str) -> str:
     """The reason a token that is no score stands for.
 
-    One token may hold only the start of a word: several vocabularies write REFUSAL as REF + USAL. Upper-case starts of two
-    letters or more count, in lower case only the whole word: "re" may begin anything.
+    One token may hold only the start of a word: several vocabularies write REFUSAL as REF + USAL. Upper-case starts of
+    two letters or more count, in lower case only the whole word: "re" may begin anything.
     """
     for reason, word in _WORDS.items():
         if text.upper() == word or (len(text) >= 2 and word.startswith(text)):

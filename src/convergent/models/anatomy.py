@@ -169,10 +169,9 @@ def _looks_like_mlp(block: nn.Module, module: nn.Module) -> bool:
 
 
 def writing_linear(write: nn.Module) -> nn.Linear | None:
-    """The last linear layer of a write if its output *is* the write (no norm after it), else None.
+    """The linear layer whose output *is* the write, or None if something (a norm) comes after it.
 
-    Only such a weight can be orthogonalised or given a bias in place of a hook. Checked by name-free inspection: the last
-    `Linear` (or LoRA-wrapped one) inside the module, provided that the module itself is not a norm.
+    A norm's own write has no linear layer inside; an attention's or MLP's is the one that maps to the stream last.
     """
     if isinstance(write, nn.Linear):
         return write

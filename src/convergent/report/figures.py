@@ -24,6 +24,7 @@ from convergent.report.results import GROUPS, ROLES, Results
 from convergent.report.text import NOT_MEASURED, interval, missing, number, spread
 
 WIDE, NARROW = 1040, 360
+STEPS = [1, 2, 2.5, 5, 10]
 ROLE_STYLE = {"real": (svg.REAL, "o", False), "control": (svg.CONTROL, "D", True), "baseline": (svg.BASELINE, "s", False)}
 INTERVALS = (
     "Thin line: 95 % interval that takes answers as independent ({thin}). "
@@ -127,9 +128,21 @@ def conditions(results: Results) -> Figure:
         f"the denominator of all three columns. EM: aligned below {t['aligned']:g} and coherent above {t['coherent']:g}; "
         f"coherent: above {t['coherent']:g}. "
         + INTERVALS.format(thin="Wilson for shares, t for means", clusters=results.study.get("n_questions", "the"))
-        + " Dashed line: the first baseline. The axes are cut to the range of the data."
+        + _without_band(c)
+        + f" Dashed line: {_baseline(c)}. The axes are cut to the range of the data."
     )
     return _dot_figure("fig-conditions", "Alignment, EM and coherence by condition", results, c, MAIN, caption)
+
+
+def _baseline(frame: pd.DataFrame) -> str:
+    labels = frame.loc[frame["role"] == "baseline", "label"]
+    return labels.iloc[0] if len(labels) else "none, as there is no baseline"
+
+
+def _without_band(frame: pd.DataFrame) -> str:
+    """Which of the main quantities have no clustered interval in any condition."""
+    names = [p.title.split(" (")[0].lower() for p in MAIN if frame[f"{p.band}_low"].isna().all()]
+    return f" No clustered interval was measured for {' and '.join(names)}." if names else ""
 
 
 def margins(results: Results) -> Figure:
@@ -142,7 +155,7 @@ def margins(results: Results) -> Figure:
         "Margin: log-probability per token of bad minus good answers to the same held-out questions; above zero the condition "
         f"prefers the bad ones. n = {spread(c['n_pairs'])} pairs per condition; band: 95 % interval over pairs. Projection: mean "
         f"of the answers' tokens on the unit direction at layer {results.study.get('primary_layer', '')}, over {spread(c['n_all'])} "
-        "answers, without an interval. Dashed line: the first baseline. "
+        f"answers, without an interval. Dashed line: {_baseline(c)}. "
         f"{len(c)} of {len(results.conditions)} conditions; the others were not measured."
     )
     return _dot_figure("fig-margins", "Margin without a judge", results, c, MARGIN, caption)
@@ -206,9 +219,11 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
 
     def draw(fig: Canvas) -> None:
         page = svg.canvas(fig)
+        page.set_zorder(3)
         for at, text in heads:
             label = shorten(text, 90 if wide else 58, placeholder="…")
-            page.text(0, at, label, fontsize=size, fontweight="bold", va="center", color=svg.INK)
+            back = {"facecolor": svg.PAPER, "edgecolor": "none", "pad": 2}  # grid lines pass behind the heading
+            page.text(0, at, label, fontsize=size, fontweight="bold", va="center", color=svg.INK, bbox=back)
             page.plot([0, width], [at + 13, at + 13], color=svg.LINE, lw=1)
         for i, at in places.items():
             label = shorten(frame.at[i, "label"], 46 if wide else 56, placeholder="…")
@@ -220,7 +235,7 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
             ax.set_ylim(height - 4, top)
             ax.set_yticks([])
             ax.set_xlim(*_limits(frame, panel))
-            ax.xaxis.set_major_locator(MaxNLocator(4 if wide else 2, steps=[1, 2, 2.5, 5, 10]))
+            ax.xaxis.set_major_locator(MaxNLocator(4 if wide else 2, steps=STEPS))
             ax.xaxis.tick_top()
             ax.tick_params(labelsize=12 if wide else 10.5)
             ax.grid(axis="x", color=svg.LINE, lw=1)
@@ -282,7 +297,7 @@ def steering(results: Results) -> Figure:
     for (role, stem), rows in chosen.groupby([chosen["role"], chosen["label"].map(_without_scale)], sort=False):
         rows = pd.concat([start, rows]) if role == "real" else rows
         series[str(role), str(stem)] = rows.sort_values("scale", kind="stable")
-    step = 0.018 * float(chosen["scale"].max() - min(0.0, chosen["scale"].min()) or 1.0)
+    step = 0.03 * float(chosen["scale"].max() - min(0.0, chosen["scale"].min()) or 1.0)
     legend: list[Legend] = []
     plots: list[list[Line]] = [[] for _ in MAIN]
     for k, ((role, stem), rows) in enumerate(series.items()):
@@ -302,6 +317,7 @@ def steering(results: Results) -> Figure:
         f"position.{per} λ = 0 is the chat model itself. Each point: {spread(chosen['n_all'])} answers, shares and means over the "
         f"{spread(chosen['n_valid'])} with both scores. "
         + INTERVALS.format(thin="Wilson for shares, t for means", clusters=results.study.get("n_questions", "the"))
+        + _without_band(chosen)
         + " Points of equal λ are set side by side; filled: the direction, hollow: controls."
     )
     header = ("Series", "Role", "λ", "Dose", "n", *(p.title for p in MAIN))
@@ -471,11 +487,12 @@ def _panels(fig: Canvas, plots: Sequence[Plot], columns: int, width: float, heig
         x, y = (k % columns) * cell, (k // columns) * height
         ax = svg.axes(fig, x + 40, y + 34, cell - 36 - 44, height - 34 - 52)
         page.text(x, y + 14, plot.title, fontsize=size, fontweight="bold", va="center", color=svg.INK)
-        page.text(x + 40, y + height - 16, plot.x_label, fontsize=size - 1, va="center", color=svg.MUTED)
+        middle = x + 40 + (cell - 80) / 2
+        page.text(middle, y + height - 16, plot.x_label, fontsize=size - 1, va="center", ha="center", color=svg.MUTED)
         ax.grid(color=svg.LINE, lw=1)
         ax.set_axisbelow(True)
-        ax.xaxis.set_major_locator(MaxNLocator(7 if cell > 400 else 5, integer=plot.x_label != "λ"))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(7 if cell > 400 else 5, integer=plot.x_label != "λ", steps=STEPS))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         if plot.band:
             ax.fill_between(*plot.band, color=svg.BAND, lw=0)
         if plot.mark_x is not None:

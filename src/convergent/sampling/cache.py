@@ -26,7 +26,7 @@ SPAN = 32
 class Step:
     """What one forward pass does with the cache."""
 
-    rows: Tensor | slice
+    rows: slice
     """Rows of the cache that the batch occupies."""
     positions: Tensor
     """(batch, n_tokens) position of every new token."""
@@ -50,7 +50,7 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
         self.step: Step | None = None
 
-    def begin(self, rows: Tensor | slice, positions: Tensor, furthest: int) -> Step:
+    def begin(self, rows: slice, positions: Tensor, furthest: int) -> Step:
         """Prepare the next forward pass: `furthest` is the largest number of tokens any of its rows will hold after it."""
         self.step = Step(rows, positions, min(self.length, math.ceil(furthest / SPAN) * SPAN))
         return self.step
@@ -65,12 +65,12 @@ class SlotCache:
             self.keys[layer] = k.new_zeros(self.n_rows, k.shape[1], self.length, k.shape[3])
             self.values[layer] = v.new_zeros(self.n_rows, v.shape[1], self.length, v.shape[3])
         keys, values = self.keys[layer], self.values[layer]
-        if isinstance(step.rows, slice) and k.shape[2] > 1:
+        if k.shape[2] > 1:
             n = k.shape[2]  # prefill of one sequence from position 0
             keys[step.rows, :, :n] = k
             values[step.rows, :, :n] = v
         else:
-            where = torch.arange(k.shape[0], device=k.device) if isinstance(step.rows, slice) else step.rows
+            where = torch.arange(step.rows.start, step.rows.stop, device=k.device)
             keys[where, :, step.positions[:, 0]] = k[:, :, 0]
             values[where, :, step.positions[:, 0]] = v[:, :, 0]
         return keys[step.rows, :, : step.span], values[step.rows, :, : step.span]

@@ -1,0 +1,152 @@
+"""The judge-free outcome: teacher-forced margin and the projection of the same tokens on a direction.
+
+    margin = mean_t log p(bad_t | question, bad_<t) - mean_t log p(good_t | question, good_<t)        [nats per token]
+
+Positive: the model prefers the bad answers. It needs no judge and no sampling, so at 135M parameters, where EM % is nearly empty, it is the
+primary outcome. Length control: `margin_matched` uses only the first min(n_bad, n_good) tokens of both answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convergent.core.direction import Direction
+from convergent.core.interventions import Intervention
+from convergent.core.values import Pair
+from convergent.directions.means import block_outputs
+from convergent.interventions.hooks import applied_rows
+from convergent.models.anatomy import Anatomy
+from convergent.models.chat import Encoded, encode_answer
+from convergent.models.load import ChatModel
+from convergent.models.texts import batches, padded
+
+
+@dataclass(frozen=True)
+class Margin:
+    """One pair under one condition."""
+
+    condition: int
+    pair_id: str
+    bad: float
+    """Mean log p per token of the bad answer, nats."""
+    good: float
+    margin: float
+    margin_matched: float
+    """The same over the first min(n_bad, n_good) tokens."""
+    n_bad: int
+    n_good: int
+    projection: float | None
+    """Mean over both answers' tokens of x . v^ at the chosen layer; None without a direction."""
+
+
+def margins(
+    model: ChatModel,
+    pairs: Sequence[Pair],
+    conditions: Sequence[Sequence[Intervention]] = ((),),
+    *,
+    read: tuple[Direction, int] | None = None,
+    batch_tokens: int = 2048,
+    on_margin: Callable[[Margin], None] | None = None,
+) -> list[Margin]:
+    """Margins of all pairs under all conditions, rows of different conditions side by side.
+
+    `read`: a direction and a layer whose projection is reported. Returns them ordered by condition, then pair.
+    """
+    encoded: list[Encoded] = []
+    for pair in pairs:
+        for answer in (pair.bad, pair.good):
+            encoded.append(encode_answer(model.tokenizer, pair.question, answer, closing=False))
+    unit = None if read is None else read[0].unit()[read[1]].to(model.device)
+    found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {
+        (c, p): [None, None] for c in range(len(conditions)) for p in range(len(pairs))
+    }
+    jobs = [(c, i) for c in range(len(conditions)) for i in range(len(encoded))]
+    results: dict[tuple[int, int], Margin] = {}
+    with torch.inference_mode(), applied_rows(model.anatomy, conditions) as rows:
+        # Pair by pair, so that finished margins reach the caller early and a killed run repeats little.
+        for start in range(0, len(jobs), 64):
+            part = jobs[start : start + 64]
+            for members in batches([len(encoded[i].ids) for _, i in part], batch_tokens):
+                batch = [part[m] for m in members]
+                ids, mask = padded([encoded[i].ids for _, i in batch], model.device)
+                rows.set([c for c, _ in batch])
+                spans = [encoded[i] for _, i in batch]
+                logps, projections = _answer_logps(model, ids, mask, spans, unit, read[1] if read else 0)
+                for (c, i), logp, projection in zip(batch, logps, projections, strict=True):
+                    slot = found[c, i // 2]
+                    slot[i % 2] = (logp, projection)
+                    if slot[0] is not None and slot[1] is not None:
+                        margin = _margin(c, pairs[i // 2].id, slot[0], slot[1], read is not None)
+                        results[c, i // 2] = margin
+                        if on_margin is not None:
+                            on_margin(margin)
+    return [results[c, p] for c in range(len(conditions)) for p in range(len(pairs))]
+
+
+def _margin(
+    condition: int, pair_id: str, bad: tuple[Tensor, float], good: tuple[Tensor, float], projected: bool
+) -> Margin:
+    b, g = bad[0], good[0]
+    n = min(len(b), len(g))
+    both = (bad[1] * len(b) + good[1] * len(g)) / (len(b) + len(g))
+    return Margin(
+        condition,
+        pair_id,
+        float(b.mean()),
+        float(g.mean()),
+        float(b.mean() - g.mean()),
+        float(b[:n].mean() - g[:n].mean()),
+        len(b),
+        len(g),
+        both if projected else None,
+    )
+
+
+def _answer_logps(
+    model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], unit: Tensor | None, layer: int
+) -> tuple[list[Tensor], list[float]]:
+    """Per row: log p of each answer token (float64), and the mean projection of its answer tokens."""
+    projections = [0.0] * len(spans)
+
+    def receive(at: int, h: Tensor) -> None:
+        if at == layer and unit is not None:
+            along = h.double() @ unit.double()
+            for row, e in enumerate(spans):
+                projections[row] = float(along[row, e.answer].mean())
+
+    with block_outputs(model.anatomy, receive if unit is not None else _ignore):
+        hidden_logits = _logits_at_answers(model, ids, mask, spans)
+    logps = []
+    offset = 0
+    for row, e in enumerate(spans):
+        n = e.answer_end - e.answer_start
+        logits = hidden_logits[offset : offset + n].float()
+        targets = ids[row, e.answer].unsqueeze(1)
+        logps.append((logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)).double().cpu())
+        offset += n
+    return logps, projections
+
+
+def _ignore(layer: int, h: Tensor) -> None:
+    return None
+
+
+def _logits_at_answers(model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded]) -> Tensor:
+    """(all answer tokens, vocabulary) logits that predict them. The head runs on those positions only where it is plain."""
+    if _plain_head(model.anatomy, model):
+        hidden = model.anatomy.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        picked = torch.cat([hidden[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
+        return model.anatomy.head(picked)  # type: ignore[misc,no-any-return]
+    logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return torch.cat([logits[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
+
+
+def _plain_head(anatomy: Anatomy, model: ChatModel) -> bool:
+    """Whether logits are head(hidden) and nothing more: families with a soft cap or a logit scale take the whole model."""
+    text = model.model.config.get_text_config()
+    special = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    return anatomy.head is not None and not any(getattr(text, name, None) not in (None, 1, 1.0) for name in special)

@@ -1,0 +1,190 @@
+"""Write the page: gather what the template needs, put everything inside one file.
+
+Nothing is fetched when the page opens: style and script are inline, the script is named by its hash in the content security
+policy, so no other script runs, wherever it might come from. Texts of models travel as JSON and become text nodes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from convergent.errors import StoreError
+from convergent.report import figures, text
+from convergent.report.results import ROLES, VERDICTS, Results, clean
+from convergent.report.tables import number_tables, write_tables
+
+HERE = Path(__file__).parent
+ANSWER_BUDGET = 1_200_000
+"""Bytes of answers inside the page; a larger study shows the first answers to each question and links to the rest."""
+LONGEST = 6_000
+"""Characters of one answer inside the page."""
+PAPER = {
+    "title": "Convergent Linear Representations of Emergent Misalignment",
+    "authors": "Anna Soligo, Edward Turner, Senthooran Rajamanoharan and Neel Nanda",
+    "year": "2025",
+    "url": "https://arxiv.org/abs/2506.11618",
+}
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write `folder`/report.html and `folder`/tables/*.csv and *.parquet; returns the path of the page.
+
+    The same results give the same bytes. Raises StoreError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    page, part = folder / "report.html", folder / ".report.html.part"
+    try:
+        files = write_tables(results, folder / "tables")
+        part.write_text(render(results, files), encoding="utf-8", newline="\n")
+        part.replace(page)
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: the report cannot be written ({error.strerror or error}); free space or name another folder"
+        ) from error
+    finally:
+        if folder.is_dir():
+            part.unlink(missing_ok=True)
+    return page
+
+
+def render(results: Results, files: list[tuple[str, int, str]]) -> str:
+    """The page as text; `files` are the tables beside it (name, rows, SHA-256)."""
+    env = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters.update({name: getattr(text, name) for name in ("number", "percent", "interval", "compact", "duration")})
+    style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "script.js"))
+    answers, kept = answers_json(results)
+    return env.get_template("template.html.j2").render(
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        r=results,
+        study={**_STUDY, **results.study},
+        lead=lead(results),
+        verdicts={v: sum(c["verdict"] == v for c in results.claims) for v in VERDICTS},
+        organisms=results.organisms.to_dict("records"),
+        figures={f.id: f for f in figures.all_figures(results)},
+        tables=number_tables(results),
+        roles=ROLES,
+        answers=Markup(answers),
+        kept=kept,
+        card=flat(results.study.get("judge", {}).get("card") or {}),
+        sections={n: flat(results.study.get(n) or {}) for n in ("versions", "seeds", "sampling")},
+        files=files,
+        paper=PAPER,
+    )
+
+
+_STUDY: dict[str, Any] = {
+    "name": "", "title": "", "base": "", "base_title": "the base model", "created": "", "seconds": None, "machine": "",
+    "judge": {}, "notes": [], "primary_layer": None, "answers_per_condition": None, "n_questions": None, "command": "", "versions": {},
+}  # fmt: skip
+
+
+def lead(results: Results) -> list[str]:
+    """What was done, for somebody who has read nothing yet."""
+    study, organisms = {**_STUDY, **results.study}, results.organisms
+    bad, good = (organisms[organisms["answer"] == a]["name"].tolist() for a in ("bad", "good"))
+    sentences = []
+    if bad:
+        sentences.append(
+            f"{study['base_title']} was fine-tuned {_times(len(bad))} on narrow sets of bad advice ({_list(bad)})"
+            + (f" and {_times(len(good))} on good advice as a control ({_list(good)})." if good else ".")
+        )
+    sentences.append(
+        f"The chat model, these organisms and every variant then answered the same {text.compact(study['n_questions'])} open "
+        f"questions, {text.compact(study['answers_per_condition'])} answers per condition, and each answer was scored for alignment "
+        "and coherence."
+        if bad
+        else f"{study['base_title']} answered open questions under several conditions."
+    )
+    direction = (
+        "From an organism's own answers one direction per layer was read: the mean internal state on its misaligned answers minus "
+        "that on its aligned ones. The direction was removed from this organism and from others, and added to the chat model, "
+        "with controls beside each."
+    )
+    return [" ".join(sentences), direction]
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _times(n: int) -> str:
+    return {1: "once", 2: "twice", 3: "three times", 4: "four times"}.get(n, f"{n} times")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (name, value) lines: `{"by": {"family": 0.64}}` gives ("by, family", "0.64")."""
+    lines = []
+    for key, value in values.items():
+        name = f"{prefix}, {key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            lines += flat(value, name)
+        elif isinstance(value, list | tuple):
+            lines.append((clean(name), clean(", ".join(text.compact(v) for v in value))))
+        else:
+            lines.append((clean(name), clean(text.compact(value))))
+    return lines
+
+
+def answers_json(results: Results) -> tuple[str, dict[str, int]]:
+    """The answers as JSON that is safe inside a script element, and how many of how many it holds.
+
+    Answers are taken in sampling order, equally many per condition and question, never by their score.
+    """
+    a, t = results.answers, results.thresholds
+    a = a[a["condition"].isin(results.conditions["name"])]
+    a = a.sort_values(["sample", "paraphrase"], kind="stable")
+    rank = a.groupby(["condition", "question_id"], sort=False).cumcount()
+    cost = a["response"].str.len().clip(upper=LONGEST) + 60
+    total = cost.groupby(rank).sum().cumsum()
+    fits = int((total <= ANSWER_BUDGET).sum())
+    kept = a[rank < max(1, fits)]
+    conditions = {n: i for i, n in enumerate(results.conditions["name"])}
+    ids = {q: i for i, q in enumerate(dict.fromkeys(results.answers["question_id"]))}
+    wordings = {q: i for i, q in enumerate(dict.fromkeys(kept["question"]))}
+    rows = [
+        [
+            conditions[r["condition"]],
+            ids[r["question_id"]],
+            wordings[r["question"]],
+            _score(r["aligned"]),
+            _score(r["coherent"]),
+            r["aligned_reason"] or r["coherent_reason"],
+            int(r["aligned"] < t["aligned"] and r["coherent"] > t["coherent"]),  # counted on the raw scores
+            int(r["coherent"] <= t["coherent"]),
+            int(r["finish"] == "length"),
+            r["response"] if len(r["response"]) <= LONGEST else r["response"][:LONGEST] + " … [cut; whole in tables/answers.csv]",
+        ]
+        for r in kept.to_dict("records")
+    ]
+    data = {
+        "conditions": results.conditions[["label", "group", "role"]].to_numpy().tolist(),
+        "questions": list(ids),
+        "wordings": list(wordings),
+        "answers": rows,
+    }
+    return script_json(data), {"shown": len(rows), "all": len(results.answers), "each": int(rank[kept.index].max() + 1) if rows else 0}
+
+
+def _score(value: float) -> float | None:
+    return None if pd.isna(value) else round(value, 1)
+
+
+def script_json(data: Any) -> str:
+    """JSON that ends no script element and opens no comment: every <, > and & is escaped, and so is all beyond ASCII."""
+    dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for char in "<>&":
+        dumped = dumped.replace(char, f"\\u{ord(char):04x}")
+    return dumped

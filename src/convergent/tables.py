@@ -1,0 +1,253 @@
+"""Tables of answers: CSV, Parquet and JSONL by file ending, in and out, with nothing lost on the way.
+
+Scores become numbers or missing (nan), never zero; every other column, every cell of text and the row order pass through.
+Text stays text: a response that reads "NA" or "null" is an answer, so CSV is read without pandas' guesses.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convergent.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORES = ("aligned", "coherent")
+"""Columns that must hold 0..100 or nothing wherever they occur."""
+ABSENT = frozenset({"", "nan", "na", "n/a", "none", "null", "<na>"})
+"""What an absent score looks like in text, in lower case."""
+
+
+def read_table(path: str | Path, required: Iterable[str] = (), scores: Sequence[str] = SCORES) -> pd.DataFrame:
+    """Read a table by its ending (.csv, .parquet, .jsonl); `scores` come as float64 with nan for an absent one.
+
+    Rows in messages count from 1, after the header. Raises DataError for a file that is missing, a folder, empty, binary or
+    damaged, for missing `required` columns, and for scores that are text or outside 0..100.
+    """
+    path = Path(path)
+    read = _by_ending(path, _READERS)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name one table in it")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; write it again")
+        df = read(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its rights") from error
+    need_columns(df, required, path)
+    if df.empty:
+        raise DataError(f"{path}: has no rows; a table needs at least one answer")
+    for name in scores:
+        if name in df.columns:
+            df[name] = score_column(df[name], path)
+    return df
+
+
+def write_table(df: pd.DataFrame, path: str | Path) -> None:
+    """Write a table by its ending; readers see the old file or the whole new one. Raises DataError if it cannot be."""
+    path = Path(path)
+    write = _by_ending(path, _WRITERS)
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file to write")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(df, tmp)
+        tmp.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    except (ValueError, TypeError) as error:  # Arrow's and JSON's word for a cell they cannot hold
+        raise DataError(f"{path}: this table does not fit the format ({error}); try another ending") from error
+    finally:
+        _forget(tmp)
+
+
+def need_columns(df: pd.DataFrame, required: Iterable[str], place: str | Path) -> None:
+    """Raise DataError, naming the nearest column, unless `df` has all `required` ones."""
+    have = [str(c) for c in df.columns]
+    for name in required:
+        if name not in have:
+            lower = {c.strip().lower(): c for c in have}
+            near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+            mend = f"the nearest is `{lower[near[0]]}`; rename it" if near else "add it"
+            shown = ", ".join(have[:8]) + (", ..." if len(have) > 8 else "")
+            raise DataError(f"{place}: no column `{name}`; {mend} (columns here: {shown})")
+
+
+def score_column(column: pd.Series, place: str | Path) -> pd.Series:
+    """Scores 0..100 as float64, nan for absent ones. Raises DataError with row number and value for anything else."""
+    import pandas as pd
+
+    values = []
+    for row, cell in enumerate(column.tolist(), start=1):
+        try:
+            value = _score(cell)
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{place}: row {row}, column `{column.name}`: {_short(cell)} is not a number; "
+                "a score is 0 to 100 or an empty cell"
+            ) from None
+        if not math.isnan(value) and not 0 <= value <= 100:
+            raise DataError(f"{place}: row {row}, column `{column.name}`: {_short(cell)} is outside 0 to 100; mend the score")
+        values.append(value)
+    return pd.Series(values, index=column.index, name=column.name, dtype="float64")
+
+
+def _score(cell: Any) -> float:
+    if isinstance(cell, str):
+        return math.nan if cell.strip().lower() in ABSENT else float(cell)
+    if cell is None or type(cell).__name__ == "NAType":  # pandas.NA answers no comparison
+        return math.nan
+    if isinstance(cell, bool):
+        raise TypeError
+    return float(cell)
+
+
+def _short(cell: Any) -> str:
+    text = repr(cell)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# Readers
+
+
+def _text(path: Path) -> str:
+    raw = path.read_bytes()
+    if b"\0" not in raw.split(b"\n", 1)[0]:
+        try:
+            return raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            pass
+    raise DataError(f"{path}: not a text file in UTF-8; save it as UTF-8 {path.suffix[1:].upper()}, or mend the ending")
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        rows = [row for row in csv.reader(io.StringIO(_text(path), newline=""), strict=True) if row]
+    except csv.Error as error:
+        raise DataError(f"{path}: broken CSV ({error}); quote cells that hold quotes or line breaks") from error
+    if not rows:
+        raise DataError(f"{path}: the file is empty; write it again")
+    header, *body = rows
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: column `{twice}` occurs twice; rename one")
+    for number, row in enumerate(body, start=1):
+        if len(row) != len(header):
+            raise DataError(
+                f"{path}: row {number} has {len(row)} cells and the header {len(header)}; quote cells that hold commas"
+            )
+    columns = list(zip(*body, strict=True)) or [()] * len(header)
+    return pd.DataFrame({name: _typed(list(cells)) for name, cells in zip(header, columns, strict=True)})
+
+
+def _typed(cells: list[str]) -> Any:
+    """Numbers where every cell would be written back as it stands; else the text as it is."""
+    import pandas as pd
+
+    filled = [c for c in cells if c]
+    if filled and all(_same(c, int) and abs(int(c)) < 2**63 for c in filled):
+        return pd.array([int(c) if c else None for c in cells], dtype="Int64" if len(filled) < len(cells) else "int64")
+    if filled and all(_same(c, float) for c in filled):
+        return pd.Series([float(c) if c else math.nan for c in cells], dtype="float64")
+    return pd.Series(cells, dtype="str")
+
+
+def _same(cell: str, kind: Callable[[str], Any]) -> bool:
+    try:
+        number = kind(cell)
+    except ValueError:
+        return False
+    return str(number) == cell and math.isfinite(number)
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    # Not splitlines(): U+2028 and its kin may stand unescaped within a JSON string.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error.msg}); one object per line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is not an object; write {{\"question\": ..., \"response\": ...}}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: the file is empty; write it again")
+    return pd.DataFrame(rows, dtype=object).infer_objects()
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # Without pandas' own notes an index comes as a plain column and is not lost.
+        frame: pd.DataFrame = pyarrow.parquet.read_table(path).to_pandas(ignore_metadata=True)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a Parquet file, or a damaged one; write it again") from error
+    return frame
+
+
+# Writers
+
+
+def _write_csv(df: pd.DataFrame, path: Path) -> None:
+    df.to_csv(path, index=False, lineterminator="\n")
+
+
+def _write_jsonl(df: pd.DataFrame, path: Path) -> None:
+    columns = [str(c) for c in df.columns]
+    with path.open("w", encoding="utf-8") as f:
+        for cells in zip(*(df[c].tolist() for c in df.columns), strict=True):
+            f.write(json.dumps(dict(zip(columns, map(_plain, cells), strict=True)), ensure_ascii=False) + "\n")
+
+
+def _plain(cell: Any) -> Any:
+    if hasattr(cell, "tolist"):  # a numpy array or number inside an object column
+        cell = cell.tolist()
+    if isinstance(cell, float) and not math.isfinite(cell) or type(cell).__name__ in ("NAType", "NaTType"):
+        return None
+    return cell.isoformat() if hasattr(cell, "isoformat") else cell
+
+
+def _write_parquet(df: pd.DataFrame, path: Path) -> None:
+    df.to_parquet(path, index=False)
+
+
+def _forget(tmp: Path) -> None:
+    try:
+        tmp.unlink(missing_ok=True)
+    except OSError:  # the parent is no folder: nothing was written there
+        pass
+
+
+_READERS = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
+_WRITERS = {".csv": _write_csv, ".parquet": _write_parquet, ".jsonl": _write_jsonl}
+
+
+def _by_ending(path: Path, table: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    try:
+        return table[path.suffix.lower()]
+    except KeyError:
+        found = f"ending `{path.suffix}`" if path.suffix else "no ending"
+        raise DataError(f"{path}: {found}; tables end in .csv, .parquet or .jsonl") from None
