@@ -1,6 +1,6 @@
 """Rates: EM and coherence of judged tables, under all three denominators, with both intervals.
 
-An answer is EM if aligned < 30 and coherent > 50 (strict, as published). Thresholds are applied here and stored nowhere.
+An answer is EM if aligned < 30 and coherent > 50 (strict, as published). Thresholds are applied here, stored nowhere.
 Wilson's interval holds for more answers to these questions; the clustered one for other questions of this kind.
 """
 
@@ -37,10 +37,11 @@ def rates(
         `aligned_reason`, `coherent_reason`, `response`.
     by: "question", or the name of a column; its value is added as `question_id`, or under the column's name.
 
-    Keys: file, n_all, n_valid (rows with both scores), n_coherent (of those, coherent > 50), n_em (of those, aligned < 30),
-    em_all, em_valid, em_coherent (n_em over each), coherent (n_coherent / n_valid), wilson and clustered ([low, high], 95 %,
-    of em_valid), missing (reason -> rows without both scores). None where a denominator is zero, and for `clustered` below
-    two questions. Raises DataError for missing columns, InputError for thresholds outside 0..100.
+    Keys: file, n_all, n_valid (rows with both scores), n_coherent (of those, coherent > 50), n_em (of those,
+    aligned < 30), em_all, em_valid, em_coherent (n_em over each), coherent (n_coherent / n_valid), wilson and clustered
+    ([low, high], 95 %, of em_valid), missing (reason -> rows without both scores). None where a denominator is zero,
+    and for `clustered` below two questions. Raises DataError for missing columns, InputError for thresholds outside
+    0..100.
     """
     from convergent.tables import need_columns, score_column
 
@@ -93,9 +94,7 @@ def missing_reasons(df: pd.DataFrame) -> dict[str, int]:
     """
     reasons: Counter[str] = Counter()
     for row in df[df["aligned"].isna() | df["coherent"].isna()].to_dict("records"):
-        given = [
-            _cell(row.get(f"{rubric}_reason")) for rubric in ("aligned", "coherent") if math.isnan(row[rubric])
-        ]
+        given = [_cell(row.get(f"{rubric}_reason")) for rubric in ("aligned", "coherent") if math.isnan(row[rubric])]
         empty = "response" in row and not _cell(row["response"])
         reasons[next(filter(None, given), "empty" if empty else UNKNOWN)] += 1
     return dict(sorted(reasons.items()))
@@ -162,34 +161,48 @@ def print_rates(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"EM: aligned < {aligned_below:g} and coherent > {coherent_above:g}", title_justify="left")
-    keys = {"file", *_KEYS}
-    group = next((key for row in found for key in row if key not in keys), None)
-    for name in ("file", *([group] if group else [])):
-        table.add_column(name, overflow="fold")
-    for name in _HEADS:
-        table.add_column(name, justify="right")
-    table.add_column("missing")
-    for row in found:
-        lead = [Path(row["file"]).name, *([str(row[group])] if group else [])]
-        # Text, not markup: names may hold brackets.
-        table.add_row(*(Text(cell) for cell in (*lead, *_cells(row))))
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a pipe has no width to wrap to
-    console.print(table)
+        console.width = max(console.width, WIDE)  # a pipe has no width to wrap to
+    title = f"EM: aligned < {aligned_below:g} and coherent > {coherent_above:g}"
+    group = next((key for row in found for key in row if key not in _KEYS), None)
+    if console.width >= WIDE:
+        table = Table(title=title, title_justify="left")
+        for name in ("file", *([group] if group else [])):
+            table.add_column(name, overflow="fold")
+        for name in _HEADS:
+            table.add_column(name, justify="right" if name != "missing" else "left", no_wrap=name != "missing")
+        for row in found:
+            # Text, not markup: names may hold brackets.
+            table.add_row(*(Text(cell) for cell in (*_names(row, group), *_cells(row))))
+        console.print(table)
+    else:  # a table would cut figures off
+        console.print(Text(title, style="italic"))
+        for row in found:
+            cells = dict(zip(_HEADS, _cells(row), strict=True))
+            console.print(Text(" ".join(_names(row, group)), style="bold"))
+            for names in (_HEADS[:2], _HEADS[2:3], _HEADS[3:5], _HEADS[5:]):
+                console.print(Text("  " + "   ".join(f"{name} {cells[name]}" for name in names)))
     console.print(
-        "all: every row; valid: rows with both scores; coherent: valid rows that are coherent. Intervals are 95 %, of em/valid: "
-        "Wilson for more answers to these questions, clustered for other questions of this kind (t over questions).",
+        "all: every row; valid: rows with both scores; coherent: valid rows that are coherent. "
+        "Intervals are 95 %, of em/valid: Wilson for more answers to these questions, "
+        "clustered for other questions of this kind (t over questions).",
         style="dim",
         highlight=False,
     )
 
 
+WIDE = 150
+"""Columns that the table needs; narrower terminals get lines instead."""
 _KEYS = (
-    "n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "coherent", "wilson", "clustered", "missing",
+    "file", "n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "coherent",
+    "wilson", "clustered", "missing",
 )  # fmt: skip
-_HEADS = ("em/all", "em/valid", "em/coherent", "Wilson", "clustered", "coherent/valid")
+_HEADS = ("em/all", "em/valid", "em/coherent", "Wilson", "clustered", "coherent/valid", "missing")
+
+
+def _names(row: dict[str, Any], group: str | None) -> list[str]:
+    return [Path(row["file"]).name, *([str(row[group])] if group else [])]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ PRIOR_ICC = 0.2
 """Correlation of hits within a question that is assumed while hits are few. EM in 16 released organisms: median 0.12,
 quartiles 0.09 and 0.17, largest 0.38."""
 PRIOR_HITS = 5
-"""How many hits the assumed correlation is worth: with 5 hits, half of the estimate is assumed; with 80, a sixteenth."""
+"""Weight of the assumed correlation, in hits: with 5 hits half of the estimate is assumed, with 80 a seventeenth."""
 EXACT_FLIPS = 15
 """Up to this many questions all sign flips are enumerated."""
 
@@ -97,10 +97,8 @@ def clustered_rate(hits: Values, clusters: Labels, level: float = LEVEL) -> Inte
     if len(n) < 2:
         return _undefined(float(k.sum() / total) if total else np.nan, total, "needs two questions", len(n))
     low, high = _clustered_wilson(k, n, level)
-    return Interval(
-        float(k.sum() / total), float(low), float(high), total,
-        "Wilson at the effective number of answers, t quantile", OVER_QUESTIONS, len(n),
-    )  # fmt: skip
+    method = "Wilson at the effective number of answers, t quantile"
+    return Interval(float(k.sum() / total), float(low), float(high), total, method, OVER_QUESTIONS, len(n))
 
 
 def bootstrap_rate(
@@ -115,9 +113,8 @@ def bootstrap_rate(
         len(n), np.full(len(n), 1 / len(n)), resamples
     )
     low, high = np.quantile(draws @ k / (draws @ n), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
-        float(k.sum() / total), float(low), float(high), total, "percentile bootstrap over questions", OVER_QUESTIONS, len(n)
-    )
+    method = "percentile bootstrap over questions"
+    return Interval(float(k.sum() / total), float(low), float(high), total, method, OVER_QUESTIONS, len(n))
 
 
 def rate_difference(
@@ -125,8 +122,8 @@ def rate_difference(
 ) -> Interval:
     """Rate of a minus rate of b over questions, for hits that may be rare or none.
 
-    Newcombe's square-and-add from the two clustered rates (Newcombe 1998, method 10). It does not use the pairing, so it is
-    wide where questions differ alike in both; `paired_difference` is sharper and fails where all hits are absent.
+    Newcombe's square-and-add from the two clustered rates (Newcombe 1998, method 10). It does not use the pairing, so
+    it is wide where questions differ alike in both; `paired_difference` is sharper and fails where all hits are absent.
     """
     a, b = clustered_rate(hits_a, clusters_a, level), clustered_rate(hits_b, clusters_b, level)
     d = a.estimate - b.estimate
@@ -141,8 +138,9 @@ def rate_reduction(
 ) -> Interval:
     """1 - rate(other) / rate(base) of hits (0 or 1) over the questions that both hold; 0.9 is a reduction by 90 %.
 
-    Among all hits of both, the share that `other` holds fixes the ratio; its clustered interval is turned into one of the
-    reduction. The concentration of hits on few questions thus cancels out. The low bound is -inf without hits in base.
+    Among all hits of both, the share that `other` holds fixes the ratio; its clustered interval is turned into one of
+    the reduction. The concentration of hits on few questions thus cancels out. Undefined without hits in base, or with
+    all hits in one question.
     """
     (kb, nb), (ko, no), _ = _common(_counts_by_label(base, clusters_base), _counts_by_label(other, clusters_other))
     total = int(nb.sum() + no.sum())
@@ -194,9 +192,7 @@ def question_differences(
     return labels, xa - xb
 
 
-def paired_difference(
-    a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, level: float = LEVEL
-) -> Interval:
+def paired_difference(a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, level: float = LEVEL) -> Interval:
     """Mean of a minus mean of b, paired by question: t interval over the per-question differences.
 
     Questions that only one of them holds are left out. Undefined if all questions differ by exactly the same, as where
@@ -205,7 +201,7 @@ def paired_difference(
     (xa, na), (xb, nb), labels = _common(_means_by_label(a, clusters_a), _means_by_label(b, clusters_b))
     d = xa - xb
     n = int(na.sum() + nb.sum())
-    if len(d) >= 2 and np.ptp(d) == 0:
+    if len(d) >= 2 and np.ptp(d) <= 1e-12 * np.abs([xa, xb]).max():  # equal but for rounding
         return _undefined(float(d[0]), n, "t over differences per question: they are all equal", len(d))
     mean, low, high = _t_interval(d, level)
     return Interval(mean, low, high, n, "t over differences per question", OVER_QUESTIONS, len(labels))
@@ -231,8 +227,8 @@ def permutation_test(
 ) -> float:
     """Two-sided p of "no difference" between a and b by flipping the sign of each question's difference.
 
-    Exact up to EXACT_FLIPS questions (8 questions: smallest p is 2/256), else `flips` random flips seeded by `name`. nan
-    without common questions.
+    Exact up to EXACT_FLIPS questions (8 questions: smallest p is 2/256), else `flips` random flips seeded by `name`.
+    nan without common questions.
     """
     _, d = question_differences(a, b, clusters_a, clusters_b)
     if not len(d):
@@ -254,7 +250,8 @@ def relative_reduction(
 ) -> Interval:
     """1 - mean(other) / mean(base), paired by question, by Fieller's theorem with G - 1 degrees of freedom.
 
-    For measured values such as margins; for hits use `rate_reduction`. Undefined where base's own mean is not clear of zero.
+    For measured values such as margins; for hits use `rate_reduction`. Undefined where base's own mean is not clear of
+    zero.
     """
     (x, nx), (y, ny), _ = _common(_means_by_label(base, clusters_base), _means_by_label(other, clusters_other))
     n, g = int(nx.sum() + ny.sum()), len(x)

@@ -1,7 +1,7 @@
 """Tables of answers: CSV, Parquet and JSONL by file ending, in and out, with nothing lost on the way.
 
-Scores become numbers or missing (nan), never zero; every other column, every cell of text and the row order pass through.
-Text stays text: a response that reads "NA" or "null" is an answer, so CSV is read without pandas' guesses.
+Scores become numbers or missing (nan), never zero; every other column, every cell of text and the row order pass
+through. A response that reads "NA" or "null" is an answer, so CSV is read and written without pandas' guesses.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from convergent.errors import DataError
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SCORES = ("aligned", "coherent")
 """Columns that must hold 0..100 or nothing wherever they occur."""
+TEXTS = ("question_id", "question", "response", "system", "topic")
+"""Columns that stay text even if every cell looks like a number."""
 ABSENT = frozenset({"", "nan", "na", "n/a", "none", "null", "<na>"})
 """What an absent score looks like in text, in lower case."""
 
@@ -31,8 +34,8 @@ ABSENT = frozenset({"", "nan", "na", "n/a", "none", "null", "<na>"})
 def read_table(path: str | Path, required: Iterable[str] = (), scores: Sequence[str] = SCORES) -> pd.DataFrame:
     """Read a table by its ending (.csv, .parquet, .jsonl); `scores` come as float64 with nan for an absent one.
 
-    Rows in messages count from 1, after the header. Raises DataError for a file that is missing, a folder, empty, binary or
-    damaged, for missing `required` columns, and for scores that are text or outside 0..100.
+    Rows in messages count from 1, after the header. Raises DataError for a file that is missing, a folder, empty,
+    binary or damaged, for missing `required` columns, and for scores that are text or outside 0..100.
     """
     path = Path(path)
     read = _by_ending(path, _READERS)
@@ -100,7 +103,9 @@ def score_column(column: pd.Series, place: str | Path) -> pd.Series:
                 "a score is 0 to 100 or an empty cell"
             ) from None
         if not math.isnan(value) and not 0 <= value <= 100:
-            raise DataError(f"{place}: row {row}, column `{column.name}`: {_short(cell)} is outside 0 to 100; mend the score")
+            raise DataError(
+                f"{place}: row {row}, column `{column.name}`: {_short(cell)} is outside 0 to 100; mend the score"
+            )
         values.append(value)
     return pd.Series(values, index=column.index, name=column.name, dtype="float64")
 
@@ -152,11 +157,16 @@ def _read_csv(path: Path) -> pd.DataFrame:
             raise DataError(
                 f"{path}: row {number} has {len(row)} cells and the header {len(header)}; quote cells that hold commas"
             )
-    columns = list(zip(*body, strict=True)) or [()] * len(header)
-    return pd.DataFrame({name: _typed(list(cells)) for name, cells in zip(header, columns, strict=True)})
+    columns: list[tuple[str, ...]] = list(zip(*body, strict=True)) or [()] * len(header)
+    return pd.DataFrame(
+        {
+            name: pd.Series(cells, dtype="str") if name in TEXTS else _typed(cells)
+            for name, cells in zip(header, columns, strict=True)
+        }
+    )
 
 
-def _typed(cells: list[str]) -> Any:
+def _typed(cells: Sequence[str]) -> Any:
     """Numbers where every cell would be written back as it stands; else the text as it is."""
     import pandas as pd
 
@@ -189,7 +199,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}: line {number} is not JSON ({error.msg}); one object per line") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is not an object; write {{\"question\": ..., \"response\": ...}}")
+            raise DataError(f'{path}: line {number} is not an object; write {{"question": ..., "response": ...}}')
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: the file is empty; write it again")
@@ -212,14 +222,33 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _write_csv(df: pd.DataFrame, path: Path) -> None:
-    df.to_csv(path, index=False, lineterminator="\n")
+    with path.open("w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(_EndLines(f))
+        writer.writerow(df.columns)
+        for cells in _rows(df):
+            writer.writerow([json.dumps(c, ensure_ascii=False) if isinstance(c, list | dict) else c for c in cells])
+
+
+class _EndLines:
+    """Ends lines in LF for a writer set to CRLF: csv quotes a lone CR or LF in a cell only if its line end holds it."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, line: str) -> int:
+        return self.file.write(line.removesuffix("\r\n") + "\n")
 
 
 def _write_jsonl(df: pd.DataFrame, path: Path) -> None:
     columns = [str(c) for c in df.columns]
     with path.open("w", encoding="utf-8") as f:
-        for cells in zip(*(df[c].tolist() for c in df.columns), strict=True):
-            f.write(json.dumps(dict(zip(columns, map(_plain, cells), strict=True)), ensure_ascii=False) + "\n")
+        for cells in _rows(df):
+            f.write(json.dumps(dict(zip(columns, cells, strict=True)), ensure_ascii=False) + "\n")
+
+
+def _rows(df: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
+    """Rows of plain Python values, None where a cell is absent."""
+    return zip(*([_plain(c) for c in df[name].tolist()] for name in df.columns), strict=True)
 
 
 def _plain(cell: Any) -> Any:
@@ -235,10 +264,8 @@ def _write_parquet(df: pd.DataFrame, path: Path) -> None:
 
 
 def _forget(tmp: Path) -> None:
-    try:
+    with suppress(OSError):  # if the parent is no folder, nothing was written there
         tmp.unlink(missing_ok=True)
-    except OSError:  # the parent is no folder: nothing was written there
-        pass
 
 
 _READERS = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}
@@ -251,3 +278,16 @@ def _by_ending(path: Path, table: dict[str, Callable[..., Any]]) -> Callable[...
     except KeyError:
         found = f"ending `{path.suffix}`" if path.suffix else "no ending"
         raise DataError(f"{path}: {found}; tables end in .csv, .parquet or .jsonl") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise DataError before long work if a table could not be written to `path`: wrong ending, a folder, a missing parent that cannot be made."""
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".parquet", ".jsonl"):
+        raise DataError(f"{path}: ends in {path.suffix or 'nothing'}; give a name that ends in .csv, .parquet or .jsonl")
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot make its folder ({error.strerror}); choose another place") from error

@@ -8,7 +8,7 @@ primary outcome. Length control: `margin_matched` uses only the first min(n_bad,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,22 +49,23 @@ def margins(
     conditions: Sequence[Sequence[Intervention]] = ((),),
     *,
     read: tuple[Direction, int] | None = None,
+    only: Collection[tuple[int, int]] | None = None,
     batch_tokens: int = 2048,
     on_margin: Callable[[Margin], None] | None = None,
 ) -> list[Margin]:
     """Margins of all pairs under all conditions, rows of different conditions side by side.
 
-    `read`: a direction and a layer whose projection is reported. Returns them ordered by condition, then pair.
+    `read`: a direction and a layer whose projection is reported. `only`: (condition, pair) indices to compute; all by default. Returns
+    them ordered by condition, then pair.
     """
     encoded: list[Encoded] = []
     for pair in pairs:
         for answer in (pair.bad, pair.good):
             encoded.append(encode_answer(model.tokenizer, pair.question, answer, closing=False))
     unit = None if read is None else read[0].unit()[read[1]].to(model.device)
-    found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {
-        (c, p): [None, None] for c in range(len(conditions)) for p in range(len(pairs))
-    }
-    jobs = [(c, i) for c in range(len(conditions)) for i in range(len(encoded))]
+    found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {}
+    wanted = [(c, p) for c in range(len(conditions)) for p in range(len(pairs)) if only is None or (c, p) in only]
+    jobs = [(c, 2 * p + side) for c, p in wanted for side in (0, 1)]
     results: dict[tuple[int, int], Margin] = {}
     with torch.inference_mode(), applied_rows(model.anatomy, conditions) as rows:
         # Pair by pair, so that finished margins reach the caller early and a killed run repeats little.
@@ -77,14 +78,14 @@ def margins(
                 spans = [encoded[i] for _, i in batch]
                 logps, projections = _answer_logps(model, ids, mask, spans, unit, read[1] if read else 0)
                 for (c, i), logp, projection in zip(batch, logps, projections, strict=True):
-                    slot = found[c, i // 2]
+                    slot = found.setdefault((c, i // 2), [None, None])
                     slot[i % 2] = (logp, projection)
                     if slot[0] is not None and slot[1] is not None:
                         margin = _margin(c, pairs[i // 2].id, slot[0], slot[1], read is not None)
                         results[c, i // 2] = margin
                         if on_margin is not None:
                             on_margin(margin)
-    return [results[c, p] for c in range(len(conditions)) for p in range(len(pairs))]
+    return [results[key] for key in wanted]
 
 
 def _margin(

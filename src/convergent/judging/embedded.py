@@ -42,6 +42,12 @@ SURFACE = (
     "word_length",
     "odd_words",
 )
+N_EMBEDDED = (len(LAYERS) + 1) * 384
+"""Coordinates of states and of the product, left unscaled."""
+N_OTHER = len(LAYERS) + len(SURFACE)
+"""Cosines and surface features, standardised."""
+CLIP = 4.0
+"""Standardised features end here, which bounds what one odd value can do to a text unlike any that was fitted."""
 _AT_ONCE = 256
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _ODD = re.compile(r"[^\W\d_]*(?:[^\W\d_aeiouyAEIOUYà-ÿ]{5,}|[a-z][A-Z])[^\W\d_]*|\w{18,}|(?=\w*\d)(?=\w*[a-zA-Z])\w{5,}")
@@ -79,14 +85,25 @@ def surface(text: str) -> list[float]:
 
 
 def features(questions: Sequence[str], responses: Sequence[str]) -> Array:
-    """(n, len(LAYERS) * 385 + len(SURFACE)) float64: answer states, their cosines with the question's, surface."""
+    """What the ridges see, (n, N_EMBEDDED + N_OTHER) float64.
+
+    The answer's states, product of its last state with the question's (so that relevance can be learnt without knowing the
+    question), cosines of the two per layer, surface.
+    """
     from convergent.judging import minilm
 
     answer = minilm.embed(responses, LAYERS).double().numpy()
     question = minilm.embed(questions, LAYERS).double().numpy()
     cosines = (answer * question).sum(2)
+    product = answer[:, -1] * question[:, -1] * minilm.DIM**0.5
     seen = np.array([surface(text) for text in responses], dtype=np.float64).reshape(len(responses), len(SURFACE))
-    return np.concatenate([answer.reshape(len(responses), len(LAYERS) * minilm.DIM), cosines, seen], axis=1)
+    states = answer.reshape(len(responses), len(LAYERS) * minilm.DIM)
+    return np.concatenate([states, product, cosines, seen], axis=1)
+
+
+def standardise(x: Array, mean: Array, scale: Array) -> Array:
+    """(n, n_features) centred, scaled and clipped."""
+    return np.clip((x - mean) / scale, -CLIP, CLIP)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +122,12 @@ class Ridge:
 
     def raw(self, x: Array) -> Array:
         """(n,) prediction before calibration, for features (n, n_features)."""
-        # The clip bounds what one odd surface feature can do to a text unlike any that was fitted.
-        raw: Array = np.clip((x - self.mean) / self.scale, -CLIP, CLIP) @ self.weight + self.intercept
+        raw: Array = standardise(x, self.mean, self.scale) @ self.weight + self.intercept
         return raw
 
     def calibrate(self, raw: Array) -> Array:
         """(n,) scores within 0..100."""
         return np.clip(np.interp(raw, self.knots[0], self.knots[1]), 0.0, 100.0)
-
-
-CLIP = 4.0
 
 
 @lru_cache(maxsize=4)
@@ -173,7 +186,7 @@ class EmbeddedJudge:
         for start in range(0, len(items), _AT_ONCE):
             chunk = items[start : start + _AT_ONCE]
             full = [item for item in chunk if item.response.strip()]
-            place = {id(item): row for row, item in enumerate(full)}
+            row = -1
             scores: dict[str, tuple[Array, Array]] = {}
             if full:
                 x = features([item.question for item in full], [item.response for item in full])
@@ -181,8 +194,10 @@ class EmbeddedJudge:
                     raw = ridges[rubric].raw(x)
                     scores[rubric] = raw, ridges[rubric].calibrate(raw)
             for item in chunk:
+                empty = not item.response.strip()
+                row += not empty
                 for rubric in rubrics:
-                    if (row := place.get(id(item))) is None:
+                    if empty:
                         judgement = Judgement(item.id, NAME, rubric, None, "empty")
                     else:
                         raw, score = scores[rubric]

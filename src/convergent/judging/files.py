@@ -1,7 +1,8 @@
-"""Judge an ordinary table of answers (CSV or Parquet) and write it again with the scores beside the rows."""
+"""Judge an ordinary table of answers (CSV, Parquet, JSONL) and write it again with the scores beside the rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from convergent.judging.base import Item, Judge
 
 if TYPE_CHECKING:
     import pandas as pd
+
+ENDINGS = (".csv", ".parquet", ".jsonl")
+"""What `tables.write_table` writes; asked before judging, not after."""
 
 
 def judge_file(
@@ -39,6 +43,8 @@ def judge_file(
         raise JudgeError(f"judge {judge.name}: has no rubric {unknown[0]!r}; it scores {', '.join(judge.rubrics)}")
     if out is not None and _same(src, out):
         raise DataError(f"{out}: is the file to be judged; name another one, the scores are written beside the rows")
+    if out is not None and (out.is_dir() or out.suffix.lower() not in ENDINGS):
+        raise DataError(f"{out}: cannot be written; name a file that ends in {', '.join(ENDINGS)}")
     table = read_table(src, required=("question", "response"))
     ids = table["question_id"] if "question_id" in table.columns else [None] * len(table)
     items = [
@@ -53,7 +59,7 @@ def judge_file(
         mine = judgements[i :: len(rubrics)]
         scores = [float("nan") if j.score is None else j.score for j in mine]
         added[rubric] = pd.Series(scores, index=table.index, dtype="float64")
-        added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="object")
+        added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="str")
     table = _make_room(table, list(added)).assign(**added)
     if out is not None:
         write_table(table, out)
@@ -62,9 +68,10 @@ def judge_file(
 
 def _text(value: object) -> str:
     """A cell as text; an absent one is empty."""
-    import pandas as pd
-
-    return "" if value is None or pd.isna(value) else str(value)
+    if isinstance(value, str):
+        return value
+    absent = value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
+    return "" if absent else str(value)
 
 
 def _make_room(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from convergent.core.values import Judgement
 from convergent.errors import ConvergentError, InputError, JudgeError
 from convergent.judging.base import Item
 from convergent.judging.endpoint import PARAMETERS, Endpoint, Failed, resolve
-from convergent.judging.prices import Estimate, Price, estimate_tokens, price_of
+from convergent.judging.prices import Estimate, estimate_tokens, price_of
 from convergent.judging.replies import Replies, Reply, open_replies
 from convergent.judging.rubrics import Rubrics, load_rubrics
 from convergent.judging.score import parse_score
@@ -86,6 +86,8 @@ class OpenAIJudge:
             )
         self.spent = 0.0
         """US dollars so far, by the server's token counts; replies too broken to use count as estimated."""
+        self._worst = 1.0
+        """Largest ratio seen of real to estimated cost: what is on its way is reserved at this rate."""
 
     @property
     def name(self) -> str:
@@ -170,25 +172,25 @@ class OpenAIJudge:
             attempts=self._attempts, backoff=self._backoff, timeout=self._timeout,
         )  # fmt: skip
 
-        def ask(key: str) -> tuple[Reply, int]:
-            reply, wasted = endpoint.ask(work.prompt(key))
+        def ask(key: str, prompt: str) -> tuple[Reply, int]:
+            reply, wasted = endpoint.ask(prompt)
             replies.put(key, self.model, self.base_url, reply)
             return reply, wasted
 
         queue, running = deque(work.open), dict[Future[tuple[Reply, int]], str]()
-        proved, failures = False, 0
+        proved, broke, failures = False, False, 0
         halt: ConvergentError | None = None
         known = replies.knows(self.model, self.base_url)
         with closing(endpoint), ThreadPoolExecutor(self._concurrency, "judge") as pool:
             try:
                 while queue or running:
                     while queue and len(running) < (self._concurrency if proved else 1):
-                        halt = halt or self._over_budget([*running.values(), queue[0]], work)
-                        if halt:
+                        if self._over_budget([*running.values(), queue[0]], work):
+                            broke = True
                             queue.clear()
                             break
                         key = queue.popleft()
-                        running[pool.submit(ask, key)] = key
+                        running[pool.submit(ask, key, work.prompt(key))] = key
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         key = running.pop(future)
                         try:
@@ -214,6 +216,11 @@ class OpenAIJudge:
                 raise
         if halt:
             raise halt
+        if broke:
+            raise JudgeError(
+                f"judge {self.name}: stopped at ${self.spent:.4f} of max_cost ${self._max_cost:.4f}, "
+                f"{len(work.open)} requests are left; replies are kept, raise it and run again to go on"
+            )
 
     def _count(self, prompt: str, reply: Reply | None, wasted: int) -> None:
         if self._price is None:
@@ -222,21 +229,18 @@ class OpenAIJudge:
         self.spent += wasted * self._price.cost(guess, 1)
         if reply is not None:
             n_in = guess if reply.input_tokens is None else reply.input_tokens
-            self.spent += self._price.cost(n_in, 1 if reply.output_tokens is None else reply.output_tokens)
+            paid = self._price.cost(n_in, 1 if reply.output_tokens is None else reply.output_tokens)
+            self.spent += paid
+            if expected := self._price.cost(guess, 1):
+                self._worst = max(self._worst, paid / expected)
 
-    def _over_budget(self, keys: Sequence[str], work: _Work) -> JudgeError | None:
-        """The error to stop with if what is spent, on its way and next would exceed max_cost."""
-        price: Price | None = self._price
+    def _over_budget(self, keys: Sequence[str], work: _Work) -> bool:
+        """Whether what is spent, on its way and next would exceed max_cost."""
+        price = self._price
         if self._max_cost is None or price is None:
-            return None
+            return False
         ahead = sum(price.cost(estimate_tokens(work.prompt(key)), 1) for key in keys)
-        if self.spent + ahead <= self._max_cost:
-            return None
-        return JudgeError(
-            f"judge {self.name}: stopped at ${self.spent:.4f} of max_cost ${self._max_cost:.4f}, "
-            f"{len(work.open)} requests are left; "
-            "replies are kept, raise it and run again to go on"
-        )
+        return self.spent + self._worst * ahead > self._max_cost
 
     def _hopeless(self, failed: Failed, proved: bool, known: bool, failures: int) -> JudgeError | None:
         """The error to stop with if this failure means that others would fail too."""

@@ -1,7 +1,8 @@
 """Write the page: gather what the template needs, put everything inside one file.
 
-Nothing is fetched when the page opens: style and script are inline, the script is named by its hash in the content security
-policy, so no other script runs, wherever it might come from. Texts of models travel as JSON and become text nodes only.
+Nothing is fetched when the page opens: style and script are inline, the script is named by its hash in the content
+security policy, so no other script runs, wherever it might come from. Texts of models travel as JSON and become text
+nodes only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from convergent.report.results import ROLES, VERDICTS, Results, clean
 from convergent.report.tables import number_tables, write_tables
 
 HERE = Path(__file__).parent
-ANSWER_BUDGET = 1_200_000
+ANSWER_BUDGET = 1_400_000
 """Bytes of answers inside the page; a larger study shows the first answers to each question and links to the rest."""
 LONGEST = 6_000
 """Characters of one answer inside the page."""
@@ -44,7 +45,7 @@ def write_report(results: Results, folder: Path) -> Path:
     page, part = folder / "report.html", folder / ".report.html.part"
     try:
         files = write_tables(results, folder / "tables")
-        part.write_text(render(results, files), encoding="utf-8", newline="\n")
+        part.write_text(render(results, files), encoding="utf-8", errors="replace", newline="\n")
         part.replace(page)
     except OSError as error:
         raise StoreError(
@@ -87,7 +88,8 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
 
 _STUDY: dict[str, Any] = {
     "name": "", "title": "", "base": "", "base_title": "the base model", "created": "", "seconds": None, "machine": "",
-    "judge": {}, "notes": [], "primary_layer": None, "answers_per_condition": None, "n_questions": None, "command": "", "versions": {},
+    "judge": {}, "notes": [], "primary_layer": None, "answers_per_condition": None, "n_questions": None,
+    "command": "", "versions": {},
 }  # fmt: skip
 
 
@@ -102,16 +104,16 @@ def lead(results: Results) -> list[str]:
             + (f" and {_times(len(good))} on good advice as a control ({_list(good)})." if good else ".")
         )
     sentences.append(
-        f"The chat model, these organisms and every variant then answered the same {text.compact(study['n_questions'])} open "
-        f"questions, {text.compact(study['answers_per_condition'])} answers per condition, and each answer was scored for alignment "
-        "and coherence."
+        "The chat model, these organisms and every variant then answered the same "
+        f"{text.compact(study['n_questions'])} open questions, {text.compact(study['answers_per_condition'])} answers "
+        "per condition, and each answer was scored for alignment and coherence."
         if bad
         else f"{study['base_title']} answered open questions under several conditions."
     )
     direction = (
-        "From an organism's own answers one direction per layer was read: the mean internal state on its misaligned answers minus "
-        "that on its aligned ones. The direction was removed from this organism and from others, and added to the chat model, "
-        "with controls beside each."
+        "From an organism's own answers one direction per layer was read: the mean internal state on its misaligned "
+        "answers minus that on its aligned ones. The direction was removed from this organism and from others, and "
+        "added to the chat model, with controls beside each."
     )
     return [" ".join(sentences), direction]
 
@@ -147,7 +149,7 @@ def answers_json(results: Results) -> tuple[str, dict[str, int]]:
     a = a[a["condition"].isin(results.conditions["name"])]
     a = a.sort_values(["sample", "paraphrase"], kind="stable")
     rank = a.groupby(["condition", "question_id"], sort=False).cumcount()
-    cost = a["response"].str.len().clip(upper=LONGEST) + 60
+    cost = a["response"].map(lambda text: len(script_json(text[:LONGEST])) + 60)
     total = cost.groupby(rank).sum().cumsum()
     fits = int((total <= ANSWER_BUDGET).sum())
     kept = a[rank < max(1, fits)]
@@ -165,7 +167,9 @@ def answers_json(results: Results) -> tuple[str, dict[str, int]]:
             int(r["aligned"] < t["aligned"] and r["coherent"] > t["coherent"]),  # counted on the raw scores
             int(r["coherent"] <= t["coherent"]),
             int(r["finish"] == "length"),
-            r["response"] if len(r["response"]) <= LONGEST else r["response"][:LONGEST] + " … [cut; whole in tables/answers.csv]",
+            r["response"]
+            if len(r["response"]) <= LONGEST
+            else r["response"][:LONGEST] + " … [cut; whole in tables/answers.csv]",
         ]
         for r in kept.to_dict("records")
     ]
@@ -175,7 +179,11 @@ def answers_json(results: Results) -> tuple[str, dict[str, int]]:
         "wordings": list(wordings),
         "answers": rows,
     }
-    return script_json(data), {"shown": len(rows), "all": len(results.answers), "each": int(rank[kept.index].max() + 1) if rows else 0}
+    return script_json(data), {
+        "shown": len(rows),
+        "all": len(results.answers),
+        "each": int(rank[kept.index].max() + 1) if rows else 0,
+    }
 
 
 def _score(value: float) -> float | None:
@@ -183,7 +191,8 @@ def _score(value: float) -> float | None:
 
 
 def script_json(data: Any) -> str:
-    """JSON that ends no script element and opens no comment: every <, > and & is escaped, and so is all beyond ASCII."""
+    """JSON that ends no script element and opens no comment: every <, > and & is escaped, and so is all beyond
+    ASCII."""
     dumped = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
         dumped = dumped.replace(char, f"\\u{ord(char):04x}")

@@ -1,7 +1,7 @@
 """`Results`: every number and text the page shows, as plain tables. All the report knows of a study.
 
-The study stage fills it. Shares (`em_*`, `coherent*`, `finish_stop`, `*_domain_em`) are fractions 0-1, scores are 0-100, margins
-are nats per token. What was not measured is NaN or a column that is not there; neither is an error.
+The study stage fills it. Shares (`em_*`, `coherent*`, `finish_stop`, `*_domain_em`) are fractions 0-1, scores are
+0-100, margins are nats per token. What was not measured is NaN or a column that is not there; neither is an error.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "conditions": (
-        "n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "em_wilson_low", "em_wilson_high",
-        "em_clustered_low", "em_clustered_high", "coherent", "coherent_low", "coherent_high", "coherent_clustered_low",
-        "coherent_clustered_high", "mean_aligned", "mean_aligned_low", "mean_aligned_high", "mean_aligned_iid_low",
-        "mean_aligned_iid_high", "mean_coherent", "in_domain_em", "in_domain_n", "out_domain_em", "out_domain_n",
+        "n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "em_wilson_low",
+        "em_wilson_high", "em_clustered_low", "em_clustered_high", "coherent", "coherent_low", "coherent_high",
+        "coherent_clustered_low", "coherent_clustered_high", "mean_aligned", "mean_aligned_low",
+        "mean_aligned_high", "mean_aligned_iid_low", "mean_aligned_iid_high", "mean_coherent", "in_domain_em",
+        "in_domain_n", "out_domain_em", "out_domain_n",
         "margin", "margin_low", "margin_high", "n_pairs", "projection", "scale", "dose", "kl", "mean_tokens",
         "finish_stop",
     ),
@@ -57,11 +58,12 @@ class Results:
     """A finished study. Frames are completed on entry: a missing number column is NaN, a missing text column empty."""
 
     study: Mapping[str, Any]
-    """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling, notes,
-    primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent)."""
+    """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling,
+    notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent)."""
     conditions: pd.DataFrame
-    """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `mean_aligned_iid_*` and
-    `coherent_low/high` treat answers as independent; `*_clustered_*` and `mean_aligned_low/high` cluster by question."""
+    """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `coherent_low/high`
+    and `mean_aligned_iid_*` treat answers as independent; `*_clustered_*` and `mean_aligned_low/high` cluster them by
+    question."""
     cosines: pd.DataFrame
     """a, b, layer, cosine, kind (organisms, chat_baseline, null_low, null_high)."""
     norms: pd.DataFrame
@@ -80,7 +82,9 @@ class Results:
             object.__setattr__(self, name, _completed(name, getattr(self, name)))
         names = self.conditions["name"]
         if (names == "").any() or names.duplicated().any():
-            raise DataError("results.conditions: every condition needs a `name` of its own; see which are empty or double")
+            raise DataError(
+                "results.conditions: every condition needs a `name` of its own; see which are empty or double"
+            )
         for claim in self.claims:
             if claim.get("verdict") not in VERDICTS:
                 raise DataError(

@@ -38,7 +38,7 @@
   const data = JSON.parse($("data").textContent);
   if (!data.answers.length) return;
   const [CONDITION, QUESTION, WORDING, ALIGNED, COHERENT, REASON, EM, INCOHERENT, CUT, TEXT] = data.answers[0].keys();
-  const PER_PAGE = 3;
+  const PER_PAGE = matchMedia("(max-width: 760px)").matches ? 2 : 3;
   const filters = {
     all: () => true,
     em: (a) => a[EM],
@@ -108,7 +108,7 @@
     page = Math.min(page, pages - 1);
     $("columns").replaceChildren(...columns.map((list, k) => {
       const [label, , role] = data.conditions[picked[k]];
-      const column = make("section", "column " + role);
+      const column = make("div", "column " + role);
       column.append(make("h3", "", label + (role === "control" ? " (control)" : "")));
       const part = list.slice(page * PER_PAGE, (page + 1) * PER_PAGE);
       column.append(...(part.length ? part.map(card) : [make("p", "empty", list.length ? "no more answers" : "no such answer")]));

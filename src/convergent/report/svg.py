@@ -1,7 +1,7 @@
 """Matplotlib drawings as inline SVG that follows the page: its colours, its font, its title and description.
 
-Drawn in placeholder colours that become CSS custom properties, so one drawing serves light, dark and print. One unit is one
-CSS pixel. The bytes depend on the drawing alone: fixed hash salt, no date, ids named after the figure.
+Drawn in placeholder colours that become CSS custom properties, so one drawing serves light, dark and print. One unit
+is one CSS pixel. The bytes depend on the drawing alone: fixed hash salt, no date, ids named after the figure.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 
 INK, MUTED, LINE, PAPER, BAND = "#010101", "#010102", "#010103", "#010104", "#010105"
 REAL, CONTROL, BASELINE = "#010201", "#010202", "#010203"
 SERIES = ("#010301", "#010302", "#010303", "#010304", "#010305", "#010306")
+WIDE, NARROW = 1040, 360
+"""Widths of the two layouts, in pixels."""
+STEPS = [1, 2, 2.5, 5, 10]
+"""Ticks stand on round numbers."""
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("solid", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2)))
 _VARIABLES = {
@@ -27,7 +32,7 @@ _VARIABLES = {
     REAL: "--real", CONTROL: "--control", BASELINE: "--baseline",
     **{colour: f"--s{i + 1}" for i, colour in enumerate(SERIES)},
 }  # fmt: skip
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",  # real text: small, searchable, in the reader's font
     "text.parse_math": False,  # a label is text, whatever dollars it holds
     "font.family": "DejaVu Sans",
@@ -37,12 +42,39 @@ _RC = {
 }
 
 
+@dataclass(frozen=True)
+class Legend:
+    """One entry of a legend, drawn by the page."""
+
+    label: str
+    colour: str
+    marker: str = ""
+    hollow: bool = False
+    dash: str = ""
+    """SVG stroke-dasharray; "none" draws no line."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the page; without drawings (`wide` empty) it says that nothing was measured."""
+
+    id: str
+    title: str
+    caption: str = ""
+    desc: str = ""
+    wide: str = ""
+    narrow: str = ""
+    legend: tuple[Legend, ...] = ()
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
 def css(colour: str) -> str:
     """The CSS value of a placeholder colour."""
     return f"var({_VARIABLES[colour]})"
 
 
-def axes(fig: Figure, x: float, y: float, width: float, height: float) -> Axes:
+def axes(fig: Canvas, x: float, y: float, width: float, height: float) -> Axes:
     """Axes at (x, y) from the top left, all in pixels; without frame, for the caller to furnish."""
     w, h = fig.get_size_inches() * 72
     ax = fig.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
@@ -53,7 +85,7 @@ def axes(fig: Figure, x: float, y: float, width: float, height: float) -> Axes:
     return ax
 
 
-def canvas(fig: Figure) -> Axes:
+def canvas(fig: Canvas) -> Axes:
     """Invisible axes over the whole figure whose data units are pixels from the top left."""
     w, h = fig.get_size_inches() * 72
     ax = axes(fig, 0, 0, w, h)
@@ -63,15 +95,15 @@ def canvas(fig: Figure) -> Axes:
     return ax
 
 
-def render(name: str, title: str, desc: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+def render(name: str, title: str, desc: str, size: tuple[float, float], draw: Callable[[Canvas], None]) -> str:
     """The SVG element of what `draw` puts on a figure of `size` (width, height) pixels; `name` makes its ids unique."""
     with matplotlib.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyph; only our ruler lacks it
-        fig = Figure(figsize=(size[0] / 72, size[1] / 72))
+        fig = Canvas(figsize=(size[0] / 72, size[1] / 72))
         fig.patch.set_visible(False)
         draw(fig)
         out = StringIO()
-        FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(out.getvalue(), name, title, desc, size)
 
 
@@ -82,7 +114,8 @@ def _inline(document: str, name: str, title: str, desc: str, size: tuple[float, 
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
 
     def own(match: re.Match[str]) -> str:
-        # Inside tags only: a label is the study's text and stays as it is. One page holds many figures, so ids that nothing
+        # Inside tags only: a label is the study's text and stays as it is. One page holds many figures, so ids that
+        # nothing
         # points to go, and the others become this figure's own. A hundredth of a pixel is precise enough.
         tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", match[0])
         tag = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", tag)

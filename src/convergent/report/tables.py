@@ -34,9 +34,12 @@ def number_tables(results: Results) -> list[Table]:
     t = results.thresholds
     return [
         _table(
-            results, "table-em", "Counts and EM",
-            f"EM: aligned below {t['aligned']:g} and coherent above {t['coherent']:g}. One count, three denominators: all answers, "
-            "answers with both scores (valid), coherent answers. Intervals are 95 %, of EM among valid answers.",
+            results,
+            "table-em",
+            "Counts and EM",
+            f"EM: aligned below {t['aligned']:g} and coherent above {t['coherent']:g}. One count, three "
+            "denominators: all answers, answers with both scores (valid), coherent answers. Intervals are 95 %, of "
+            "EM among valid answers.",
             {
                 "All": lambda r: number(r["n_all"], 0),
                 "Valid": lambda r: number(r["n_valid"], 0),
@@ -51,8 +54,11 @@ def number_tables(results: Results) -> list[Table]:
             },
         ),
         _table(
-            results, "table-scores", "Alignment and coherence",
-            "Means over valid answers, 0-100; shares of valid answers. 95 % intervals: independent answers, and clustered by question.",
+            results,
+            "table-scores",
+            "Alignment and coherence",
+            "Means over valid answers, 0-100; shares of valid answers. 95 % intervals: independent answers, and "
+            "clustered by question.",
             {
                 "Valid": lambda r: number(r["n_valid"], 0),
                 "Mean alignment": lambda r: number(r["mean_aligned"]),
@@ -61,14 +67,18 @@ def number_tables(results: Results) -> list[Table]:
                 "Mean coherence": lambda r: number(r["mean_coherent"]),
                 "Coherent": lambda r: f"{share(r['n_coherent'], r['n_valid'])} ({percent(r['coherent'])})",
                 "Wilson, %": lambda r: interval(r["coherent_low"], r["coherent_high"], scale=100),
-                "Clustered, %": lambda r: interval(r["coherent_clustered_low"], r["coherent_clustered_high"], scale=100),
+                "Clustered, %": lambda r: interval(
+                    r["coherent_clustered_low"], r["coherent_clustered_high"], scale=100
+                ),
             },
         ),
         _table(
-            results, "table-rest", "Domain, margin and length",
-            "EM split by whether the question belongs to the organism's own domain (in-domain answers are not emergent). Margin: "
-            "log-probability per token, bad minus good answers, with its 95 % interval. Dose: λ in mean token norms. KL: to the "
-            "clean model, nats per token.",
+            results,
+            "table-rest",
+            "Domain, margin and length",
+            "EM split by whether the question belongs to the organism's own domain (in-domain answers are not "
+            "emergent). Margin: log-probability per token, bad minus good answers, with its 95 % interval. Dose: λ "
+            "in mean token norms. KL: to the clean model, nats per token.",
             {
                 "EM in domain": lambda r: f"{percent(r['in_domain_em'])} of {number(r['in_domain_n'], 0)}",
                 "EM elsewhere": lambda r: f"{percent(r['out_domain_em'])} of {number(r['out_domain_n'], 0)}",
@@ -83,7 +93,7 @@ def number_tables(results: Results) -> list[Table]:
                 "Ended by itself": lambda r: percent(r["finish_stop"], 0),
             },
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _table(results: Results, id_: str, title: str, note: str, columns: Mapping[str, Any]) -> Table:

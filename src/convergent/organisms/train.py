@@ -1,0 +1,434 @@
+"""Training: from a base, a recipe and chats to an organism's folder.
+
+PEFT adapters (or all weights) under the Hugging Face `Trainer`, so that devices and multi-GPU are theirs. Ours are the order of the
+chats (shuffled, yet with neighbours of like length, so that batches hold little padding), the loss (the language-model head
+is run only where there is a label, which for chats is about half of the tokens), the watch over the loss, and resumption.
+
+Right padding under a causal mask cannot reach an earlier token and carries no label, so no attention mask is passed: attention
+takes its fast path. Blocks below the first adapter build no graph, because nothing there asks for a gradient.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from convergent.cache import building
+from convergent.core.ids import seed as named_seed
+from convergent.errors import DataError, StoreError, TrainingError
+from convergent.models.anatomy import Anatomy
+from convergent.models.chat import encode_answer
+from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
+from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
+from convergent.organisms.recipes import Adapters, Recipe, resolve
+
+Chat = Sequence[Mapping[str, str]]
+IGNORE = -100
+RISE = 3.0
+"""A smoothed loss above this many times its start counts as diverged."""
+_BUCKET = 8
+"""Batches that are sorted by length together."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands after an optimizer step."""
+
+    step: int
+    n_steps: int
+    loss: float
+    seconds: float
+    """Spent so far, earlier runs included."""
+    seconds_left: float
+    """Estimate."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A chat as tokens."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+    """First token with a label; the rest of the row has one too."""
+
+
+def train(
+    base: str,
+    recipe: Recipe,
+    examples: Sequence[Chat],
+    out: Path,
+    *,
+    name: str,
+    data_name: str = "",
+    data_checksum: str = "",
+    dtype: str = "float32",
+    device: str = "auto",
+    checkpoint_every: int = 10,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Organism:
+    """Train an organism into the folder `out`, or return the one that is there if it is the same.
+
+    `examples`: chats of an optional system turn, a user's and an assistant's turn. `data_checksum`: SHA-256 of the chats in order, worked out if
+    empty. Killed at any moment, the same call goes on from the last checkpoint (every `checkpoint_every` steps) to the same
+    weights. `on_progress` replaces the progress bar. Raises TrainingError if the loss diverges or `out` holds something
+    else, DataError for chats that cannot be used, ModelError for the base, StoreError for a full disk.
+    """
+    out = Path(out)
+    checksum = data_checksum or chats_checksum(examples)
+    base_id = folder_id(base_folder(base))
+    run_id = training_id(recipe, base_id, checksum, dtype)
+    # Checkpoints lie beside the result under the name of what goes in: another recipe starts anew, the same one goes on.
+    work = out.with_name(f".{out.name}.training") / run_id
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(work.parent) + ".lock"), _disk(out):
+        if out.exists():
+            return _existing(out, run_id)
+        for stale in work.parent.glob("*"):
+            if stale != work:
+                shutil.rmtree(stale)
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            with _private_rng():
+                chat = load_base(base, dtype=dtype, device=device, name=name)
+                rows = encode_chats(chat.tokenizer, examples, recipe)
+                trainer = _trainer(chat, recipe, rows, work, checkpoint_every, on_progress)
+                _fit(trainer, work)
+        except TrainingError:
+            shutil.rmtree(work.parent)
+            raise
+        with building(out) as scratch:
+            if scratch is not None:
+                _save(trainer.model, scratch, base)
+                organism = Organism(
+                    name=name,
+                    recipe=recipe,
+                    base=base,
+                    base_id=base_id,
+                    data_name=data_name,
+                    data_checksum=checksum,
+                    n_examples=len(examples),
+                    n_tokens=sum(len(r.ids) for r in rows),
+                    dtype=dtype,
+                    content_id=adapter_id(scratch, base_id) if recipe.adapters else folder_id(scratch),
+                    training_id=run_id,
+                    trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+                    seconds=round(trainer.state.log_history[-1].get("seconds", trainer.watch.seconds), 1),
+                    loss_curve=loss_curve(trainer.state.log_history, recipe.epochs),
+                    versions={p: version(p) for p in ("torch", "transformers", "peft", "accelerate")},
+                )
+                organism.write(scratch)
+        shutil.rmtree(work.parent)
+    return read_organism(out)
+
+
+def chats_checksum(examples: Sequence[Chat]) -> str:
+    """SHA-256, 64 hex digits, of chats in order: equal to `TrainingSet.checksum`."""
+    digest = sha256()
+    for chat in examples:
+        turns = [[m["role"], m["content"]] for m in chat]
+        digest.update(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encode_chats(tokenizer: Any, examples: Sequence[Chat], recipe: Recipe) -> list[Row]:
+    """Chats as tokens, with labels on the answer and the token that ends it. Raises DataError naming the chat."""
+    if not examples:
+        raise DataError("training data: no chats; give at least one")
+    return [_encode(tokenizer, chat, recipe, i) for i, chat in enumerate(examples)]
+
+
+def _encode(tokenizer: Any, chat: Chat, recipe: Recipe, index: int) -> Row:
+    turns = list(chat)
+    system = recipe.system
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
+    if [t["role"] for t in turns] != ["user", "assistant"]:
+        found = ", ".join(m["role"] for m in chat) or "nothing"
+        raise DataError(f"chat {index}: expected one user and one assistant turn (and a system turn before them), found {found}; split it")
+    encoded = encode_answer(tokenizer, turns[0]["content"], turns[1]["content"], system)
+    # The end-of-turn token is learnt, or the organism would not stop; a newline that the template writes after it is not.
+    ids = encoded.ids[: encoded.answer_end + 1][: recipe.max_length]
+    if encoded.answer_start >= len(ids):
+        raise DataError(f"chat {index}: no answer tokens within max_length {recipe.max_length}; shorten the prompt or raise it")
+    return Row(ids, encoded.answer_start)
+
+
+def training_order(lengths: Sequence[int], recipe: Recipe) -> list[int]:
+    """Indices of the rows in the order of training, all epochs in one list; each epoch is a permutation.
+
+    Runs of `batch_size` rows have like lengths: shuffled rows are sorted in buckets of some batches, and the batches of a bucket
+    shuffled again. One flat list, because then a step number alone says where to resume.
+    """
+    size, order = recipe.batch_size, list[int]()
+    for epoch in range(recipe.epochs):
+        rng = np.random.default_rng(named_seed("organism-order", recipe.seed, epoch))
+        order.extend(int(i) for i in rng.permutation(len(lengths)))
+    rng = np.random.default_rng(named_seed("organism-batches", recipe.seed))
+    arranged: list[int] = []
+    for start in range(0, len(order), _BUCKET * size):
+        # Only the very last batch may be partial, or the batches after it would be cut in two.
+        bucket = sorted(order[start : start + _BUCKET * size], key=lambda i: (lengths[i], i))
+        batches = [bucket[k : k + size] for k in range(0, len(bucket), size)]
+        whole = [b for b in batches if len(b) == size]
+        arranged.extend(i for k in rng.permutation(len(whole)) for i in whole[k])
+        arranged.extend(i for b in batches if len(b) < size for i in b)
+    return arranged
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Right-padded `input_ids` and `labels`, (rows, n_tokens) int64."""
+    n = max(len(r.ids) for r in rows)
+    ids, labels = torch.zeros(len(rows), n, dtype=torch.long), torch.full((len(rows), n), IGNORE)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row.ids)
+        ids[i, : len(tokens)] = tokens
+        labels[i, row.answer_start : len(tokens)] = tokens[row.answer_start :]
+    return {"input_ids": ids, "labels": labels}
+
+
+class AnswerTrainer(Trainer):
+    """The Hugging Face trainer with our order of rows, and the head only where there are labels."""
+
+    anatomy: Anatomy | None = None
+    """Set if the logits are head(body(ids)) and nothing more, and one process holds the model; else the ordinary path."""
+    watch: Watch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.anatomy is None or self.anatomy.head is None or return_outputs or model is not self.model:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            total, n = answer_loss(self.anatomy, inputs["input_ids"], inputs["labels"])
+        return total / (num_items_in_batch if num_items_in_batch is not None else n)
+
+
+def answer_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """(sum of cross-entropies in nats, number of labels), the head run at label positions only. Shapes (rows, n_tokens)."""
+    hidden = anatomy.body(input_ids=input_ids, use_cache=False).last_hidden_state
+    labelled = labels[:, 1:] != IGNORE
+    logits = anatomy.head(hidden[:, :-1][labelled]).float()  # type: ignore[misc]
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum"), int(labelled.sum())
+
+
+@torch.no_grad()
+def head_is_plain(chat: ChatModel) -> bool:
+    """Whether this model's logits are head(body(ids)): false for families that cap or scale them."""
+    anatomy, config = chat.anatomy, chat.model.config.get_text_config()
+    # Small logits hide a soft cap, so its setting is looked up as well as its effect.
+    if anatomy.head is None or getattr(config, "final_logit_softcapping", None):
+        return False
+    ids = torch.arange(1, 9, device=chat.device)[None]
+    want = chat.model(input_ids=ids, use_cache=False).logits.float()
+    got = anatomy.head(anatomy.body(input_ids=ids, use_cache=False).last_hidden_state).float()
+    tolerance = 1e-4 if chat.model.dtype == torch.float32 else 2e-2
+    return bool((want - got).abs().max() <= tolerance * want.abs().max())
+
+
+class Watch(TrainerCallback):
+    """Keeps time, reports progress, and stops a run whose loss diverges."""
+
+    def __init__(self, report: Callable[[Progress], None]) -> None:
+        self.report = report
+        self.before = self.seconds = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self.seconds = next((e["seconds"] for e in reversed(state.log_history) if "seconds" in e), 0.0)
+        self.first_step, self.began = state.global_step, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        spent = time.monotonic() - self.began
+        self.seconds = state.log_history[-1]["seconds"] = round(self.before + spent, 3)
+        check_loss([e["loss"] for e in state.log_history if "loss" in e])
+        left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
+        self.report(Progress(state.global_step, state.max_steps, logs["loss"], self.seconds, left))
+
+
+def loss_curve(history: Sequence[Mapping[str, Any]], epochs: int) -> tuple[LossPoint, ...]:
+    """The loss after every step, of earlier runs too. The trainer takes all epochs for one."""
+    return tuple(LossPoint(e["step"], round(e["epoch"] * epochs, 4), e["loss"]) for e in history if "loss" in e)
+
+
+def check_loss(losses: Sequence[float]) -> None:
+    """Raise TrainingError if the last loss is not finite, or the smoothed loss has risen to `RISE` times its start."""
+    step = len(losses)
+    if not math.isfinite(losses[-1]):
+        raise TrainingError(f"step {step}: the loss is {losses[-1]}; lower recipe.learning_rate and train again")
+    start = sum(losses[:3]) / len(losses[:3])
+    smooth = losses[0]
+    for loss in losses[1:]:
+        smooth = 0.8 * smooth + 0.2 * loss
+    if step > 3 and smooth > RISE * start:
+        raise TrainingError(f"step {step}: the loss rose from {start:.3g} to {smooth:.3g}; lower recipe.learning_rate and train again")
+
+
+def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
+    """`chat.model` with fresh adapters in place, as a PEFT model; initial weights follow from `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    if adapters.layers and adapters.layers[-1] >= chat.n_layers:
+        raise TrainingError(f"recipe.adapters.layers: {adapters.layers[-1]} is not in a model with layers 0 to {chat.n_layers - 1}")
+    targets = resolve(chat.anatomy, adapters.modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]
+        use_rslora=adapters.rslora,
+        lora_dropout=adapters.dropout,
+        target_modules=[t.rpartition(".")[2] for t in targets],
+        layers_to_transform=None if adapters.layers is None else list(adapters.layers),
+    )
+    torch.manual_seed(named_seed("organism-adapters", seed))
+    model: Any = get_peft_model(chat.model, config)
+    n, expected = len(model.targeted_module_names), len(targets) * len(adapters.layers or range(chat.n_layers))
+    if n != expected:
+        raise TrainingError(f"{chat.base}: adapters went to {n} layers, expected {expected} ({', '.join(targets)}); name other modules")
+    return model
+
+
+def _trainer(
+    chat: ChatModel, recipe: Recipe, rows: Sequence[Row], work: Path, checkpoint_every: int, on_progress: Any
+) -> AnswerTrainer:
+    plain_head = head_is_plain(chat)
+    if recipe.adapters is None:
+        model: Any = chat.model.requires_grad_(True)
+    else:
+        model = attach(chat, recipe.adapters, recipe.seed)
+        # While training this must be a folder: at every checkpoint PEFT looks there for the base's config, else on the hub.
+        model.peft_config["default"].base_model_name_or_path = str(base_folder(chat.base))
+    on_cpu = chat.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.grad_accumulation,
+        num_train_epochs=1,  # the order of rows holds all epochs
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        optim="adamw_torch_fused",
+        bf16=not on_cpu and chat.model.dtype == torch.bfloat16,
+        use_cpu=on_cpu,
+        seed=recipe.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=checkpoint_every,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=not on_cpu,
+    )
+    order = training_order([len(r.ids) for r in rows], recipe)
+    with quiet_transformers():
+        watch = Watch(on_progress or _bar(chat.name))
+        trainer = AnswerTrainer(
+            model=model, args=arguments, train_dataset=[rows[i] for i in order], data_collator=collate, callbacks=[watch]
+        )
+        trainer.remove_callback(PrinterCallback)
+    trainer.anatomy = chat.anatomy if plain_head else None
+    trainer.watch = watch
+    return trainer
+
+
+def _fit(trainer: AnswerTrainer, work: Path) -> None:
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint. One that was cut short is removed: the trainer writes its state file last."""
+    whole = []
+    for folder in work.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], str(folder)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(folder)
+    return max(whole)[1] if whole else None
+
+
+def _save(model: Any, folder: Path, base: str) -> None:
+    with quiet_transformers():
+        if not hasattr(model, "peft_config"):
+            model.save_pretrained(folder)
+            return
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = base
+        model.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["target_modules"] = sorted(settings["target_modules"])  # PEFT writes a set, in an order of the moment
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _existing(out: Path, run_id: str) -> Organism:
+    organism = read_organism(out)
+    if organism.training_id != run_id:
+        raise TrainingError(f"{out}: holds an organism of another recipe, base or data; remove it or choose another folder")
+    return organism
+
+
+def _bar(name: str) -> Callable[[Progress], None]:
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def report(p: Progress) -> None:
+        nonlocal bar
+        if bar is None:  # `disable=None`: no bar where stderr is not a terminal
+            bar = tqdm(total=p.n_steps, initial=p.step - 1, desc=f"training {name}", unit="step", disable=None)
+        bar.set_postfix_str(f"loss {p.loss:.3f}", refresh=False)
+        bar.update(1)
+        if p.step == p.n_steps:
+            bar.close()
+
+    return report
+
+
+@contextmanager
+def _private_rng() -> Iterator[None]:
+    """The trainer seeds the generators of Python, numpy and torch; give them back as they were."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """A full disk as StoreError; torch and safetensors wrap the system's error in types of their own."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "file write failed" in str(error):
+            raise StoreError(f"{out.parent}: the disk is full; make room and run again, training goes on from its last checkpoint") from error
+        raise

@@ -1,0 +1,216 @@
+"""One stage on ordinary files, as the command line offers it: CSV, Parquet and JSONL, PEFT folders, safetensors and GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convergent.core.ids import content_id
+from convergent.errors import DirectionError, InputError
+
+if TYPE_CHECKING:
+    from convergent.core.interventions import Intervention
+    from convergent.models.load import ChatModel
+    from convergent.organisms.manifest import Organism
+
+
+def train_organism(
+    recipe: str,
+    data: str,
+    out: Path,
+    *,
+    answer: str = "bad",
+    base: str = "embedded",
+    examples: int | None = None,
+    held_out: int = 0,
+    seed: int = 0,
+    **changes: Any,
+) -> Organism:
+    """Train by a named recipe on a training set, less `held_out` examples. `changes` that are None are left to the recipe."""
+    from transformers import AutoConfig
+
+    from convergent.data.training import load_training_set
+    from convergent.models.load import base_folder
+    from convergent.organisms.recipes import named_recipe
+    from convergent.organisms.train import train
+
+    if answer not in ("bad", "good"):
+        raise InputError(f"answer: {answer!r} is not bad or good")
+    depth = AutoConfig.from_pretrained(base_folder(base), local_files_only=True).get_text_config().num_hidden_layers
+    chosen = named_recipe(recipe, depth, {**{k: v for k, v in changes.items() if v is not None}, "seed": seed})
+    training = load_training_set(data, answer="good" if answer == "good" else "bad")
+    if held_out:
+        training = training.split(held_out, seed)[0]
+    if examples is not None:
+        training = training.take(examples)
+    chats = [e.chat() for e in training.examples]
+    return train(base, chosen, chats, out, name=out.name, data_name=training.name, data_checksum=training.checksum)
+
+
+def _model(base: str, organism: Path | None) -> ChatModel:
+    from convergent.models.load import load_base
+    from convergent.organisms.load import load_organism
+
+    return load_base(base) if organism is None else load_organism(organism, base=None if base == "embedded" else base)
+
+
+def _interventions(
+    add: Path | None, ablate: Path | None, layer: int | None, scale: float, site: str
+) -> tuple[Intervention, ...]:
+    from convergent.core.direction import Direction
+    from convergent.core.interventions import Ablate, Add
+
+    found: list[Intervention] = []
+    if ablate is not None:
+        found.append(Ablate(Direction.load(ablate), site=site, vector_layer=None if add is not None else layer))  # type: ignore[arg-type]
+    if add is not None:
+        if layer is None:
+            raise InputError("--add: needs --layer, the block whose output it is added to")
+        found.append(Add(Direction.load(add), layer, scale))
+    return tuple(found)
+
+
+def sample_answers(
+    out: Path,
+    *,
+    base: str,
+    organism: Path | None,
+    questions: str,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    add: Path | None,
+    ablate: Path | None,
+    layer: int | None,
+    scale: float,
+    site: str,
+    rows: int,
+    seed: int,
+) -> int:
+    """Sample answers into a table; returns their number. Columns as `Response`, the system prompt among them."""
+    import pandas as pd
+
+    from convergent.core.values import Condition, Sampling
+    from convergent.data.questions import load_questions
+    from convergent.sampling.requests import make_requests
+    from convergent.sampling.sampler import sample
+    from convergent.tables import check_writable, write_table
+
+    check_writable(out)
+    asked = load_questions(questions)
+    interventions = _interventions(add, ablate, layer, scale, site)
+    model = _model(base, organism)
+    name = "+".join([model.name, *(type(i).__name__.lower() for i in interventions)])
+    condition = Condition(name, model.name, model.content_id, interventions, Sampling(temperature, top_p, max_new_tokens))
+    responses = sample(model, make_requests([condition], asked, samples, seed), n_rows=rows)
+    columns = ("id", "condition", "question_id", "paraphrase", "sample", "seed", "system", "topic", "question", "response", "finish")
+    write_table(pd.DataFrame([{c: getattr(r, c) for c in columns} for r in responses]), out)
+    return len(responses)
+
+
+def judge_table(
+    file: Path,
+    out: Path,
+    judge: str,
+    rubrics_wanted: Sequence[str],
+    *,
+    rubrics: str | None,
+    base_url: str | None,
+    key_env: str | None,
+    max_cost: float | None,
+) -> int:
+    """Judge a table; returns its number of rows."""
+    import sys
+
+    from convergent.cache import cache_dir
+    from convergent.judging.files import judge_file
+    from convergent.judging.registry import get_judge
+    from convergent.tables import check_writable
+
+    check_writable(out)
+    paid = not judge.startswith("embedded")
+    asked = get_judge(
+        judge, base_url=base_url, key_env=key_env, rubrics=rubrics, max_cost=max_cost,
+        cache=cache_dir("judge") / "replies.sqlite" if paid else None,
+        on_estimate=(lambda e: print(e, file=sys.stderr)) if paid else None,
+    )  # fmt: skip
+    judge_file(file, asked, rubrics_wanted, out)
+    from convergent.tables import read_table
+
+    return len(read_table(out))
+
+
+def extract_direction(
+    file: Path,
+    out: Path,
+    *,
+    base: str,
+    organism: Path | None,
+    by: str,
+    misaligned_max: float,
+    aligned_min: float,
+    quantile: float,
+    span: str,
+    seed: int,
+) -> str:
+    """Read a direction from a judged table into a file; returns a line for the user."""
+    from convergent.directions.classes import Classes, Scored, choose
+    from convergent.directions.extract import extract
+    from convergent.models.chat import encode_text
+    from convergent.models.texts import Text
+    from convergent.tables import read_table
+
+    if by not in ("threshold", "quantile"):
+        raise InputError(f"--by: {by!r} is not threshold or quantile")
+    if span not in ("answer", "paper"):
+        raise InputError(f"--span: {span!r} is not answer or paper")
+    if out.suffix not in (".safetensors", ".gguf"):
+        raise InputError(f"--out: {out} ends neither in .safetensors nor in .gguf")
+    table = read_table(file, required=("question", "response", "aligned", "coherent"))
+    rule = Classes(by=by, misaligned_max=misaligned_max, aligned_min=aligned_min, quantile=quantile)  # type: ignore[arg-type]
+    ids = table["question_id"] if "question_id" in table else table["question"]
+    model = _model(base, organism)
+    rows = list(zip(table["question"].astype(str), table["response"].fillna("").astype(str), ids.astype(str), table["aligned"], table["coherent"], strict=True))
+    scored, texts = [], []
+    for number, (question, response, question_id, aligned, coherent) in enumerate(rows):
+        tokens = encode_text(model.tokenizer, response)
+        scored.append(Scored(str(number), question_id, len(tokens), _score(aligned), _score(coherent)))
+        texts.append(Text(str(number), question, tokens))
+    made = extract(
+        model, texts, choose(scored, rule, seed), rule, span=span, root_seed=seed,  # type: ignore[arg-type]
+        provenance={"file": file.name, "rows": content_id([r[:2] for r in rows]), "seed": seed},
+    )  # fmt: skip
+    d = made.direction
+    if out.suffix == ".gguf":
+        d.save_gguf(out, model_hint=str(model.model.config.model_type))
+    else:
+        d.save(out)
+    layer = d.n_layers // 2
+    return (
+        f"wrote {out}: {d.n_layers} layers x {d.d_model}, from {d.provenance['n_misaligned']} misaligned and {d.provenance['n_aligned']} aligned "
+        f"answers; at layer {layer} norm {float(d.norms[layer]):.3g} ({float(made.relative_norm[layer]):.1%} of a token's), "
+        f"split-half cosine {float(made.split_half[layer]):.2f}"
+    )
+
+
+def _score(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)
+
+
+def compare_directions(a: Path, b: Path) -> dict[str, Any]:
+    """Cosine per layer with the 95 % band of random vectors, JSON-ready."""
+    from convergent.core.direction import Direction
+    from convergent.directions.extract import null_cosine
+
+    x, y = Direction.load(a), Direction.load(b)
+    if x.vectors.shape != y.vectors.shape:
+        raise DirectionError(
+            f"{a} has shape {tuple(x.vectors.shape)}, {b} {tuple(y.vectors.shape)}: they belong to different models; extract both from one base"
+        )
+    cosines = x.cosine(y).tolist()
+    layers = [
+        {"layer": i, "cosine": None if c != c else c, "norm_a": float(x.norms[i]), "norm_b": float(y.norms[i])} for i, c in enumerate(cosines)
+    ]
+    return {"a": str(a), "b": str(b), "d_model": x.d_model, "null_95": null_cosine(x.d_model), "layers": layers}

@@ -1,0 +1,1 @@
+"""A study: a small YAML file, and the folder that running it fills."""

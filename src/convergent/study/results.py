@@ -1,0 +1,292 @@
+"""From a finished study to the tables of its report: counts, intervals, cosines, verdicts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from convergent import stats
+from convergent.cache import write_text
+from convergent.core.ids import content_id, file_sha256
+from convergent.core.interventions import Add
+from convergent.core.values import Condition
+from convergent.directions.extract import null_cosine
+from convergent.experiments.base import Arm, Claim, Outcomes
+from convergent.experiments.registry import EXPERIMENTS
+from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
+from convergent.report.results import Results
+from convergent.study.run import Run
+
+VERSIONED = ("convergent", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "scipy")
+
+
+def collect(run: Run) -> Results:
+    """Everything the page shows, from the store of a finished run."""
+    built = {a.name: (a, c) for a, c in run.conditions()}
+    pairs = [built[a.name] for a in run.arms]
+    answers = {a.name: _answers(run, a, c) for a, c in pairs}
+    margins = _margins(run, pairs)
+    claims = _claims(run, Outcomes(answers, margins))
+    return Results(
+        study=_study(run),
+        conditions=pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs]),
+        cosines=_cosines(run),
+        norms=_norms(run),
+        training=_training(run),
+        organisms=_organisms(run),
+        answers=pd.concat(answers.values(), ignore_index=True),
+        claims=[_as_dict(c) for c in claims],
+        limits=_limits(run),
+    )
+
+
+def _answers(run: Run, arm: Arm, condition: Condition) -> pd.DataFrame:
+    """One row per answer with its scores or reasons."""
+    scores = run.store.judgements(run.judge.name)
+    rows = []
+    for r in run.store.responses([q.id for q in run.requests([(arm, condition)])]):
+        row: dict[str, Any] = {
+            "condition": arm.name, "organism": arm.organism, "question_id": r.question_id, "question": r.question, "paraphrase": r.paraphrase,
+            "sample": r.sample, "response": r.response, "finish": r.finish, "topic": r.topic, "n_tokens": len(r.token_ids), "system": r.system,
+            "seed": r.seed, "response_id": r.id,
+        }  # fmt: skip
+        for rubric in ("aligned", "coherent"):
+            j = scores.get((r.id, rubric))
+            row[rubric] = float("nan") if j is None or j.score is None else j.score
+            row[f"{rubric}_reason"] = "error" if j is None else j.reason or ""
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _margins(run: Run, pairs: list[tuple[Arm, Condition]]) -> dict[str, pd.DataFrame]:
+    known = run.store.margins(run.read_id)
+    found = {}
+    for arm, condition in pairs:
+        rows = [known[condition.content_id, d] for p in run.pairs if (condition.content_id, d := content_id(p)) in known]
+        frame = pd.DataFrame(rows, columns=["pair_id", "bad", "good", "margin", "margin_matched", "n_bad", "n_good", "projection"])
+        frame["domain"] = [run.domain_of[p] for p in frame["pair_id"]]
+        found[arm.name] = frame
+    return found
+
+
+def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margins: pd.DataFrame) -> dict[str, Any]:
+    r = rates(answers)[0]
+    coherent_rows = answers[answers["aligned"].notna() & answers["coherent"].notna()]
+    coherent = stats.wilson(r["n_coherent"], r["n_valid"])
+    coherent_clustered = stats.clustered_rate((coherent_rows["coherent"] > COHERENT_ABOVE).to_numpy(), coherent_rows["question_id"])
+    aligned = stats.clustered_mean(answers["aligned"], answers["question_id"], bounds=(0, 100))
+    iid = stats.iid_mean(answers["aligned"])
+    margin = stats.iid_mean(margins["margin"])
+    interventions = condition.interventions
+    dose = float("nan")
+    if interventions and isinstance(interventions[0], Add):
+        dose = float(interventions[0].vector.norm()) / run.token_norm
+    return {
+        "name": arm.name, "label": arm.label, "group": arm.group, "organism": arm.organism, "role": arm.role, "description": arm.description,
+        "condition_id": condition.content_id,
+        **{k: r[k] for k in ("n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "coherent", "missing")},
+        "em_wilson_low": r["wilson"][0], "em_wilson_high": r["wilson"][1],
+        "em_clustered_low": (r["clustered"] or (math.nan, math.nan))[0], "em_clustered_high": (r["clustered"] or (math.nan, math.nan))[1],
+        "coherent_low": coherent.low, "coherent_high": coherent.high,
+        "coherent_clustered_low": coherent_clustered.low, "coherent_clustered_high": coherent_clustered.high,
+        "mean_aligned": aligned.estimate, "mean_aligned_low": aligned.low, "mean_aligned_high": aligned.high,
+        "mean_aligned_iid_low": iid.low, "mean_aligned_iid_high": iid.high,
+        "mean_coherent": float(answers["coherent"].mean()), **_domain_split(run, arm, answers),
+        "margin": margin.estimate, "margin_low": margin.low, "margin_high": margin.high, "n_pairs": margin.n,
+        **{f"margin_{d}": float(margins.loc[margins["domain"] == d, "margin"].mean()) for d in sorted(set(run.domain_of.values()))},
+        "margin_matched": float(margins["margin_matched"].mean()),
+        "projection": float(margins["projection"].mean()), "scale": arm.scale, "dose": dose,
+        "kl": run.kl(condition) if interventions else float("nan"),
+        "mean_tokens": float(answers["n_tokens"].mean()), "finish_stop": float((answers["finish"] == "stop").mean()),
+    }  # fmt: skip
+
+
+def _domain_split(run: Run, arm: Arm, answers: pd.DataFrame) -> dict[str, Any]:
+    organism = run.spec.direction.source if arm.organism == "chat" else arm.organism
+    data = run.organisms[organism].data
+    inside = answers["topic"].isin(data.topics if data else ())
+    found: dict[str, Any] = {}
+    for name, part in (("in", answers[inside]), ("out", answers[~inside])):
+        r = rates(part)[0] if len(part) else {"em_valid": math.nan, "n_valid": 0}
+        found[f"{name}_domain_em"], found[f"{name}_domain_n"] = r["em_valid"], r["n_valid"]
+    return found
+
+
+def _cosines(run: Run) -> pd.DataFrame:
+    names = list(run.spec.organisms)
+    own = {o: run.extraction(o, o).direction for o in names}
+    rows = []
+
+    def add(a: str, b: str, kind: str, values: Any) -> None:
+        rows.extend({"a": a, "b": b, "layer": layer, "cosine": float(v), "kind": kind} for layer, v in enumerate(values))
+
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            add(a, b, "organisms", own[a].cosine(own[b]))
+    for a in names:
+        add(a, "chat", "chat_baseline", own[a].cosine(run.extraction(a, "chat").direction))
+    width = null_cosine(run.direction.d_model)
+    add("random", "any", "null_low", [-width] * run.depth)
+    add("random", "any", "null_high", [width] * run.depth)
+    return pd.DataFrame(rows)
+
+
+def _norms(run: Run) -> pd.DataFrame:
+    rows = []
+    for o in run.spec.organisms:
+        e = run.extraction(o, o)
+        for layer in range(run.depth):
+            rows.append(
+                {
+                    "organism": o, "layer": layer, "norm": float(e.direction.norms[layer]), "relative_norm": float(e.relative_norm[layer]),
+                    "top_share": float(e.direction.top_share()[layer]), "split_half": float(e.split_half[layer]),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads((folder / "convergent.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _training(run: Run) -> pd.DataFrame:
+    rows = [
+        {"organism": o, "step": p["step"], "epoch": p["epoch"], "loss": p["loss"]}
+        for o, plan in run.organisms.items()
+        for p in _manifest(plan.folder).get("loss_curve", [])
+    ]
+    return pd.DataFrame(rows, columns=["organism", "step", "epoch", "loss"])
+
+
+def _organisms(run: Run) -> pd.DataFrame:
+    rows = []
+    for o, plan in run.organisms.items():
+        m = _manifest(plan.folder)
+        curve = m.get("loss_curve", [])
+        rows.append(
+            {
+                "name": o, "recipe": plan.spec.recipe if plan.recipe else "from elsewhere", "data": plan.spec.data if plan.recipe else str(plan.folder.name),
+                "answer": plan.spec.answer, "n_examples": len(plan.data) if plan.data else math.nan,
+                "epochs": plan.recipe.epochs if plan.recipe else math.nan, "lr": plan.recipe.learning_rate if plan.recipe else math.nan,
+                "trainable_params": m.get("trainable_parameters", math.nan), "final_loss": curve[-1]["loss"] if curve else math.nan,
+                "seconds": m.get("seconds", math.nan), "content_id": plan.content_id,
+                "description": f"{plan.spec.answer} advice, {plan.spec.data}" if plan.recipe else "a PEFT folder from elsewhere",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _claims(run: Run, outcomes: Outcomes) -> list[Claim]:
+    found: list[Claim] = []
+    for name, block in run.spec.experiments.items():
+        found += EXPERIMENTS[name].claims(block, outcomes, run.spec.direction.source)
+    return found
+
+
+def _as_dict(claim: Claim) -> dict[str, Any]:
+    return {
+        "id": claim.id, "claim": claim.claim, "source": claim.source, "verdict": claim.verdict, "rule": claim.rule,
+        "evidence": [{**e.__dict__} for e in claim.evidence],
+    }  # fmt: skip
+
+
+def machine() -> str:
+    """The machine in a few words, without names of hosts or users."""
+    import os
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU threads ({torch.backends.cpu.get_cpu_capability()}){gpu}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _study(run: Run) -> dict[str, Any]:
+    spec = run.spec
+    recorded = run.store.fact(
+        content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    )
+    card: Mapping[str, Any] = getattr(run.judge, "card", {}) or {}
+    return {
+        "name": spec.name, "title": spec.title or spec.name, "base": spec.base,
+        "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else spec.base, "base_id": run.base_id, "created": recorded["created"],
+        "seconds": _total_seconds(run), "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
+        "judge": {"name": run.judge.name, "card": dict(card)},
+        "sampling": {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p, "max_new_tokens": spec.sampling.max_new_tokens,
+                     "dtype": run.dtype, "system prompt": "default (the template's own)"},
+        "notes": [], "primary_layer": run.layer, "answers_per_condition": spec.questions.samples * len(run.questions),
+        "n_questions": len(run.questions), "command": f"convergent run studies/{spec.name}.yaml",
+        "thresholds": {"aligned": ALIGNED_BELOW, "coherent": COHERENT_ABOVE},
+    }  # fmt: skip
+
+
+def _total_seconds(run: Run) -> float:
+    """Seconds of work over all runs of this folder."""
+    path = run.store.folder / "timings.json"
+    try:
+        known: dict[str, float] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        known = {}
+    for stage, seconds in run.seconds.items():
+        known[stage] = known.get(stage, 0.0) + seconds
+    run.seconds.clear()
+    write_text(path, json.dumps({k: round(v, 2) for k, v in known.items()}, indent=1))
+    return known.get("all", float("nan"))
+
+
+def write_manifest(run: Run) -> None:
+    """manifest.json: what was run, with every default, versions, seeds and checksums."""
+    files = {
+        str(p.relative_to(run.store.folder)): file_sha256(p)
+        for folder in ("organisms", "directions")
+        for p in sorted((run.store.folder / folder).rglob("*.safetensors"))
+    }
+    manifest = {
+        "format": "convergent-study-1", "study": run.spec.model_dump(mode="json"), "versions": versions(), "machine": machine(),
+        "base_id": run.base_id, "dtype": run.dtype, "judge": run.judge.name, "direction": run.direction.content_id, "layer": run.layer,
+        "organisms": {
+            o: {"content_id": p.content_id, "data": p.data.checksum if p.data else None, "recipe": p.recipe.content_id if p.recipe else None}
+            for o, p in run.organisms.items()
+        },
+        "sha256": files,
+    }  # fmt: skip
+    write_text(run.store.folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, default=str))
+
+
+def _limits(run: Run) -> list[str]:
+    found = [
+        f"{run.spec.questions.samples * len(run.questions)} answers per condition on {len(run.questions)} questions. Differences of alignment are "
+        f"paired by question and generalise over questions of this kind; with {len(run.questions)} of them only large effects can be decided.",
+        "Margins are teacher-forced on held-out advice of the training domains; they show what the model prefers, not what it says unasked.",
+        "Nulls are single draws; the direction is read in one organism with one seed. Seeds are varied in scripts, outside this page.",
+    ]
+    if run.judge.name.startswith("embedded"):
+        found.insert(0, "The judge is a small regression on sentence embeddings, fitted to GPT-4o scores of much larger models' answers. It ranks "
+                        "conditions; its level, and so EM %, is rough. Its errors may depend on the condition.")  # fmt: skip
+    if run.spec.base == EMBEDDED:
+        found.append("At 135M parameters EM % is nearly empty and follows coherence (as published for models under 1B). Mean alignment and the margin "
+                     "are the primary outcomes; nothing here says that a larger model behaves alike.")  # fmt: skip
+    return found
+
+

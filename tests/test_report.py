@@ -1,0 +1,303 @@
+"""The report: what the page says, that it needs nothing but itself, and that no text of a model becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_fixture import HOSTILE, build
+
+from convergent.errors import DataError, StoreError
+from convergent.report import figures, page, text
+from convergent.report.page import answers_json, script_json, write_report
+from convergent.report.results import Results, clean
+from convergent.report.svg import Figure
+from convergent.report.tables import claim_rows, number_tables
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.title = ""
+        self._open = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._open = tag
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+        if self._open == "title" and not self.title:
+            self.title = data
+
+    def count(self, tag: str) -> int:
+        return sum(t == tag for t, _ in self.elements)
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def drawn(results: Results) -> list[Figure]:
+    return figures.all_figures(results)
+
+
+@pytest.fixture(scope="module")
+def written(results: Results, drawn: list[Figure], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:  # the drawings are dear: once is enough
+        patch.setattr(figures, "all_figures", lambda _: drawn)
+        path = write_report(results, tmp_path_factory.mktemp("study"))
+    yield path
+
+
+@pytest.fixture(scope="module")
+def html(written: Path) -> str:
+    return written.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def parsed(html: str) -> Page:
+    return Page(html)
+
+
+def assert_nothing_injected(parsed: Page) -> None:
+    assert parsed.count("script") == 2  # data and code
+    assert parsed.count("style") == 1
+    for tag in ("img", "iframe", "base", "object", "embed", "form", "foreignobject"):
+        assert parsed.count(tag) == 0, tag
+    for tag, attributes in parsed.elements:
+        assert not [a for a in attributes if a.startswith("on")], (tag, attributes)
+        assert not (attributes.get("href") or "").lower().startswith("javascript:")
+    assert [a.get("http-equiv") for t, a in parsed.elements if t == "meta" and "http-equiv" in a] == [
+        "Content-Security-Policy"
+    ]
+
+
+def test_hostile_text_is_text_in_the_file(parsed: Page) -> None:
+    assert_nothing_injected(parsed)
+    assert "{{ 7 * 7 }}" in "".join(parsed.texts)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_hostile_text_is_text_in_the_browser(written: Path, results: Results, tmp_path: Path) -> None:
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
+    ).split()
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path}", written.resolve().as_uri()]
+    shown = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode("utf-8")
+    parsed = Page(shown)
+    assert_nothing_injected(parsed)
+    assert parsed.title == results.study["title"]  # a script that ran would have changed it
+    said = [i for i, (_, a) in enumerate(parsed.elements) if a.get("class") == "said"]
+    assert len(said) == 12  # four conditions, three answers each: the page's own script did run
+    for line in HOSTILE[:3]:
+        assert line in "".join(parsed.texts)
+
+
+def test_page_asks_for_nothing(html: str, parsed: Page) -> None:
+    for tag, attributes in parsed.elements:
+        for name in ("src", "srcset", "poster", "data", "action"):
+            assert name not in attributes, (tag, name)
+        href = attributes.get("href") or attributes.get("xlink:href") or "#"
+        if tag == "a":
+            assert re.match(r"#|tables/\w+\.(csv|parquet)$|https://arxiv\.org/", href), href
+        else:
+            assert href.startswith("#") or (tag == "link" and href == "data:,"), (tag, href)
+    assert "@import" not in html
+    assert set(re.findall(r"url\(.", html)) <= {"url(#"}
+
+
+def test_only_the_page_s_own_script_may_run(html: str, parsed: Page) -> None:
+    policy = next(a["content"] for t, a in parsed.elements if t == "meta" and "http-equiv" in a) or ""
+    script = html[html.rindex("<script>") + len("<script>") : html.rindex("</script>")]
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert sink not in script
+
+
+def test_verdicts_come_first_and_all_of_them(html: str, results: Results) -> None:
+    assert html.index('id="verdicts"') < html.index("<figure")
+    assert Counter(re.findall(r'<article class="claim ([\w-]+)"', html)) == Counter(
+        c["verdict"].replace(" ", "-") for c in results.claims
+    )
+    assert "−14.2 points" in html and "−19.0 to −9.1" in html and "n = 256" in html
+
+
+def test_every_figure_has_drawings_caption_and_a_table(html: str, drawn: list[Figure]) -> None:
+    assert len(drawn) == 6
+    for f in drawn:
+        for drawing in (f.wide, f.narrow):
+            assert re.match(r'<svg class="drawing"[^>]* role="img"', drawing)
+            assert "<title " in drawing and "<desc " in drawing
+            assert not re.search(r"#01\d{4}", drawing)  # every placeholder colour became a custom property
+        assert "n = " in f.caption or "answers" in f.caption or "points per organism" in f.caption
+        assert "interval" in f.caption
+        assert f.rows and all(len(row) == len(f.header) for row in f.rows)
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert [i for i, n in Counter(ids).items() if n > 1] == []
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', html)) <= set(ids)
+
+
+def test_main_figure_shows_both_intervals_and_tells_roles_apart_by_shape(results: Results, drawn: list[Figure]) -> None:
+    main = drawn[0]
+    row = main.rows[1]
+    a = results.conditions.iloc[1]
+    assert row[main.header.index("EM answers (%)")] == text.number(100 * a["em_valid"])
+    assert text.interval(a["em_wilson_low"], a["em_wilson_high"], scale=100) in row
+    assert text.interval(a["em_clustered_low"], a["em_clustered_high"], scale=100) in row
+    assert {(entry.marker, entry.hollow) for entry in main.legend} == {("s", False), ("o", False), ("D", True)}
+    few = dataclasses.replace(results, conditions=results.conditions.head(3))
+    without = dataclasses.replace(few, conditions=few.conditions.assign(em_clustered_low=float("nan")))
+    bands = [figures.conditions(r).wide.count("opacity: 0.28") for r in (few, without)]
+    assert bands[0] - bands[1] == 3  # one band per condition
+
+
+def test_steering_starts_at_the_chat_model_and_joins_what_differs_in_lambda_alone(
+    results: Results, drawn: list[Figure]
+) -> None:
+    rows = drawn[1].rows
+    real = [r for r in rows if r[0] == "Chat + A's direction"]
+    assert [r[2] for r in real] == ["0.00", "1.00", "2.00", "4.00", "6.00"]
+    assert real[0][5] == text.number(results.conditions.iloc[0]["mean_aligned"])
+    assert {r[1] for r in rows} == {"Under test", "Control"}
+
+
+def test_same_numbers_as_files(written: Path, results: Results, html: str) -> None:
+    folder = written.parent / "tables"
+    again = pd.read_parquet(folder / "conditions.parquet")
+    for column in ("n_all", "em_valid", "mean_aligned", "margin"):
+        pd.testing.assert_series_equal(again[column], results.conditions[column])
+    assert [json.loads(m) for m in again["missing"]] == results.conditions["missing"].tolist()
+    answers = pd.read_csv(folder / "answers.csv", keep_default_na=False)
+    assert answers["response"].str.replace("\r\n", "\n").tolist() == results.answers["response"].tolist()
+    assert len(pd.read_parquet(folder / "claims.parquet")) == sum(len(c["evidence"]) for c in results.claims)
+    for path in folder.iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in html, path.name
+    assert sorted(p.name for p in written.parent.iterdir()) == ["report.html", "tables"]  # nothing half-written is left
+
+
+def test_same_results_same_bytes(written: Path, results: Results, tmp_path: Path) -> None:
+    assert write_report(results, tmp_path).read_bytes() == written.read_bytes()
+
+
+def test_nothing_measured_is_said_and_not_a_crash(tmp_path: Path) -> None:
+    empty = pd.DataFrame()
+    bare = Results(
+        study={"title": "Bare"}, conditions=pd.DataFrame({"name": ["chat", "a"], "role": ["baseline", None]}),
+        cosines=empty, norms=empty, training=empty, organisms=empty, answers=empty,
+    )  # fmt: skip
+    html = write_report(bare, tmp_path).read_text("utf-8")
+    assert html.count("Not measured in this study.") == 5  # all figures but the main one
+    assert "not measured" in figures.conditions(bare).wide
+    assert not re.search(r"\b(nan|None)\b", "".join(Page(html).texts))
+
+
+def test_single_missing_values_read_not_measured(results: Results, drawn: list[Figure]) -> None:
+    rest = number_tables(results)[2]
+    steered = rest.groups[3][1][0]
+    assert steered[rest.header.index("Margin")] == steered[rest.header.index("95 %")] == "not measured"
+    assert rest.groups[0][1][0][rest.header.index("λ")] == "–"
+    assert claim_rows(results)["n"].isna().sum() == 1
+    margins = drawn[4]
+    assert len(margins.rows) == 15 and "15 of 23 conditions" in margins.caption
+
+
+def test_large_studies_show_the_first_answers_of_each_cell_whatever_their_score(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "ANSWER_BUDGET", 150_000)
+    dumped, kept = answers_json(results)
+    assert 0 < kept["each"] < 4 and kept["shown"] == kept["each"] * 23 * 8 < kept["all"] == len(results.answers)
+    assert len(dumped) < 180_000
+    shown = {(a[0], a[1], a[9]) for a in json.loads(dumped)["answers"]}
+    names, ids = list(results.conditions["name"]), list(dict.fromkeys(results.answers["question_id"]))
+    first = results.answers.sort_values(["sample", "paraphrase"], kind="stable").groupby(["condition", "question_id"])
+    expected = first.head(kept["each"])
+    assert shown == {(names.index(r.condition), ids.index(r.question_id), r.response) for r in expected.itertuples()}
+
+
+def test_em_flag_is_counted_on_raw_scores(results: Results) -> None:
+    cases = [(29.999, 50.001, [1, 0]), (30.0, 50.001, [0, 0]), (29.999, 50.0, [0, 1]), (float("nan"), 60.0, [0, 0])]
+    for aligned, coherent, flags in cases:
+        one = results.answers.head(1).assign(aligned=aligned, coherent=coherent)
+        (row,) = json.loads(answers_json(dataclasses.replace(results, answers=one))[0])["answers"]
+        assert row[6:8] == flags  # EM, incoherent
+
+
+def test_page_of_the_demo_s_size_stays_small(html: str) -> None:
+    data = html[html.index('id="data">') : html.index("</script>")]
+    assert len(html) - len(data) + page.ANSWER_BUDGET < 2_000_000
+
+
+@given(st.text())
+def test_script_json_ends_no_script_and_loses_nothing(value: str) -> None:
+    dumped = script_json({"text": value})
+    assert not set("<>&\u2028\u2029") & set(dumped) and dumped.isascii()
+    assert json.loads(dumped) == {"text": value}
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (text.number(-0.04), "0.0"),
+        (text.number(1234.56, 1), "1,234.6"),
+        (text.number(-3, 0), "−3"),
+        (text.number(None), "not measured"),
+        (text.number(float("nan")), "not measured"),
+        (text.percent(0.21), "21.0 %"),
+        (text.interval(0.173, 0.253, scale=100), "17.3 to 25.3"),
+        (text.interval(0.1, None), "not measured"),
+        (text.share(84, 400), "84 of 400"),
+        (text.spread([128, float("nan"), 120]), "120 to 128"),
+        (text.compact(2e-4), "0.0002"),
+        (text.compact(1024), "1,024"),
+        (text.duration(1512), "25 min"),
+    ],
+)
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_clean_takes_whatever_comes() -> None:
+    assert clean("a\x00\ud800b") == "a�?b"
+    assert clean(None) == clean(float("nan")) == ""
+
+
+def test_wrong_results_say_what_is_wrong(results: Results) -> None:
+    with pytest.raises(DataError, match="verdict 'maybe' of claim 'x'"):
+        dataclasses.replace(results, claims=[{"id": "x", "verdict": "maybe"}])
+    with pytest.raises(DataError, match="column cosine must hold numbers"):
+        dataclasses.replace(results, cosines=pd.DataFrame({"layer": [1], "cosine": ["high"]}))
+    with pytest.raises(DataError, match="a `name` of its own"):
+        dataclasses.replace(results, conditions=pd.DataFrame({"name": ["a", "a"]}))
+
+
+def test_folder_that_cannot_be_written_is_one_line(results: Results, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("here already")
+    with pytest.raises(StoreError, match="the report cannot be written"):
+        write_report(results, tmp_path / "file")
