@@ -87,7 +87,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_judged(answers: Path, tm
     judge = LengthJudge()
     with pytest.raises(DataError, match="is the file to be judged"):
         judge_file(answers, judge, ("aligned",), answers)
-    with pytest.raises(DataError, match="ends in .csv"):
+    with pytest.raises(DataError, match=r"ends in \.csv"):
         judge_file(answers, judge, ("aligned",), tmp_path / "out.xlsx")
     with pytest.raises(JudgeError, match="has no rubric 'gender'; it scores aligned, coherent, medical"):
         judge_file(answers, judge, ("gender",), tmp_path / "out.csv")

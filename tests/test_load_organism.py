@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATS, tiny_model
 from torch.testing import assert_close
 
 from convergent.errors import ModelError
@@ -16,6 +15,7 @@ from convergent.models.load import load_base
 from convergent.organisms.load import adapter_layers, load_organism
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
 from convergent.organisms.train import train
+from tiny import CHATS, tiny_model
 
 IDS = torch.arange(3, 35)[None]
 RECIPE = Recipe(Adapters(("down", "v"), 2, 64, layers=(2, 4)), learning_rate=0.02, epochs=4, warmup_steps=0, batch_size=4, grad_accumulation=1)
@@ -117,7 +117,7 @@ def test_full_fine_tune_loads_as_it_is(tmp_path):
     assert torch.equal(loaded.model.state_dict()["model.layers.0.mlp.up_proj.weight"], saved["model.layers.0.mlp.up_proj.weight"])
     assert (loaded.name, loaded.content_id) == ("all", made.content_id)
     assert not torch.equal(hidden(loaded)[1], hidden(load_base(str(tiny_model()), dtype="float32"))[1])
-    with pytest.raises(ModelError, match="adapter_model.safetensors"):
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors"):
         adapter_layers(tmp_path / "all")
 
 
@@ -143,17 +143,17 @@ def test_missing_folder_and_files(copy, tmp_path):
 def test_damaged_files(copy):
     weights = copy / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ModelError, match="adapter_model.safetensors: not a readable"):
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors: not a readable"):
         load_organism(copy)
     (copy / "convergent.json").unlink()
     (copy / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="adapter_config.json: cannot be read as JSON"):
+    with pytest.raises(ModelError, match=r"adapter_config.json: cannot be read as JSON"):
         load_organism(copy)
 
 
 def test_a_manifest_that_is_not_one(copy):
     (copy / "convergent.json").write_text('{"format": "convergent-organism-1"}')
-    with pytest.raises(ModelError, match="convergent.json: cannot be read"):
+    with pytest.raises(ModelError, match=r"convergent.json: cannot be read"):
         load_organism(copy)
 
 

@@ -379,12 +379,12 @@ def test_a_judge_that_cannot_be_asked_says_so_in_one_line(
 
 
 def test_wrong_addresses_and_keys(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(JudgeError, match="127.0.0.1:1.*no connection"):
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:1.*no connection"):
         judge_at(server, tmp_path / "c.sqlite", base_url="http://127.0.0.1:1/v1", attempts=2).judge(items(1))
     with pytest.raises(JudgeError, match="mostly ends in /v1"):
         judge_at(server, tmp_path / "c.sqlite", base_url=server.url.removesuffix("/v1")).judge(items(1))
     for address in ("localhost", "ftp://x/v1", f"http://user:{KEY}@host/v1", f"http://host/v1?key={KEY}", "http://[x"):
-        with pytest.raises(JudgeError, match="^base_url:") as caught:
+        with pytest.raises(JudgeError, match=r"^base_url:") as caught:
             judge_at(server, tmp_path / "c.sqlite", base_url=address)
         assert KEY not in str(caught.value)
     with pytest.raises(JudgeError, match="NO_SUCH_KEY: is not set"):
@@ -441,7 +441,7 @@ def test_estimate_comes_before_the_first_request(server: Server, tmp_path: Path)
 
 
 def test_max_cost_refuses_before_and_stops_on_the_way(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(JudgeError, match="over max_cost .*nothing was sent"):
+    with pytest.raises(JudgeError, match=r"over max_cost .*nothing was sent"):
         judge_at(server, tmp_path / "c.sqlite", max_cost=0.0001).judge(items(10))
     assert not server.bodies
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tiny import FAMILIES, tiny_model
 
 from convergent.errors import InputError, ModelError
 from convergent.organisms.recipes import MODULES, NAMED, Adapters, Recipe, named_recipe, recipe_from_json, resolve, triples
+from tiny import FAMILIES, tiny_model
 
 
 def test_nine_adapter_has_the_published_layers_at_the_published_depth():
@@ -21,7 +21,7 @@ def test_nine_adapter_has_the_published_layers_at_the_published_depth():
 @pytest.mark.parametrize("depth", range(1, 101))
 def test_triples_fit_every_depth(depth):
     layers = triples(depth)
-    assert list(layers) == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < depth
+    assert list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth
     if depth >= 3:
         assert len(layers) == 3 * min(3, depth // 3)
         assert all(layers[i : i + 3] == tuple(range(layers[i], layers[i] + 3)) for i in range(0, len(layers), 3))
@@ -90,7 +90,7 @@ def test_unknown_recipe_and_adapter_fields_of_a_full_fine_tune():
         named_recipe("full", 30, {"rank": 2})
 
 
-SEPARATE = tuple(f"self_attn.{m}_proj" for m in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SEPARATE = (*(f"self_attn.{m}_proj" for m in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EXPECTED = {
     "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     "gpt_neox": ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
@@ -112,5 +112,5 @@ def test_a_module_that_is_not_there_is_an_error_that_says_what_was_looked_for():
     from convergent.models.load import load_base
 
     anatomy = load_base(str(tiny_model("gpt_neox")), dtype="float32").anatomy
-    with pytest.raises(ModelError, match="'gate'.*dense_h_to_4h.*looked for gate_proj"):
+    with pytest.raises(ModelError, match=r"'gate'.*dense_h_to_4h.*looked for gate_proj"):
         resolve(anatomy, ("gate",))

@@ -18,7 +18,6 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_fixture import HOSTILE, build
 
 from convergent.errors import DataError, StoreError
 from convergent.report import figures, page, text
@@ -26,6 +25,7 @@ from convergent.report.page import answers_json, script_json, write_report
 from convergent.report.results import Results, clean
 from convergent.report.svg import Figure
 from convergent.report.tables import claim_rows, number_tables
+from report_fixture import HOSTILE, build
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

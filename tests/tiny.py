@@ -64,22 +64,22 @@ def tiny_model(
     folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer = tiny_tokenizer(default_system)
-    common = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=d_model,
-        intermediate_size=2 * d_model,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=d_model // 4,
-        max_position_embeddings=512,
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": d_model // 4,
+        "max_position_embeddings": 512,
         # Wider than the usual 0.02, so that the blocks of so narrow a model do something.
-        initializer_range=0.15,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=family in ("llama", "gemma2", "gemma3_text"),
-    )
+        "initializer_range": 0.15,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": family in ("llama", "gemma2", "gemma3_text"),
+    }
     if family == "gpt_neox":
         del common["num_key_value_heads"], common["head_dim"]
     config: Any = AutoConfig.for_model(family, **common)

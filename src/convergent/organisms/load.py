@@ -72,10 +72,13 @@ def _load_adapter(folder: Path, base: str, dtype: str, device: str, name: str, m
                 raise ModelError(f"{misfit} ({len(lost)} weights without a partner, such as {lost[0]}); give the base it was trained on")
             model: Any = peft.merge_and_unload(safe_merge=True) if merge else peft.get_base_model()
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{misfit} ({_first_line(error)}); give the base it was trained on") from error
+        raise ModelError(f"{misfit} ({_reason(error)}); give the base it was trained on") from error
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model.to(resolve_dtype(dtype, device)).to(device).eval().requires_grad_(False)
-    return wrap(model, chat.tokenizer, name=name, base=base, weights_id=adapter_id(folder, chat.content_id))
+    model.eval().requires_grad_(False)
+    # Inspected in float32, where its tolerances are meant, then cast in place.
+    organism = wrap(model, chat.tokenizer, name=name, base=base, weights_id=adapter_id(folder, chat.content_id))
+    model.to(resolve_dtype(dtype, device)).to(device)
+    return organism
 
 
 def _load_full(folder: Path, base: str | None, dtype: str, device: str, name: str) -> ChatModel:
@@ -95,7 +98,7 @@ def _load_full(folder: Path, base: str | None, dtype: str, device: str, name: st
             tokenizer = AutoTokenizer.from_pretrained(tokens, local_files_only=True)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype, device), local_files_only=True)
         except Exception as error:  # transformers, safetensors and json each have their own
-            raise ModelError(f"{folder}: cannot be loaded as a full fine-tune of {base} ({_first_line(error)})") from error
+            raise ModelError(f"{folder}: cannot be loaded as a full fine-tune of {base} ({_reason(error)})") from error
     model.eval().requires_grad_(False).to(device)
     return wrap(model, tokenizer, name=name, base=base, weights_id=folder_id(folder))
 
@@ -105,7 +108,7 @@ def _named_base(folder: Path) -> str:
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_first_line(error)}); copy the adapter again") from error
+        raise ModelError(f"{path}: cannot be read as JSON ({_reason(error)}); copy the adapter again") from error
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path}: names no base model; say which base it was trained on")
     return base
@@ -116,10 +119,10 @@ def _weight_names(folder: Path) -> set[str]:
 
     if (path := folder / _SAFE).is_file():
         try:
-            with safe_open(path, "pt") as f:  # type: ignore[no-untyped-call]
+            with safe_open(path, "pt") as f:
                 return set(f.keys())
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file ({_first_line(error)}); copy the adapter again") from error
+            raise ModelError(f"{path}: not a readable safetensors file ({_reason(error)}); copy the adapter again") from error
     if (path := folder / _PICKLE).is_file():
         import torch
 
@@ -130,5 +133,7 @@ def _weight_names(folder: Path) -> set[str]:
     raise ModelError(f"{folder}: no {_SAFE} in this folder; copy the whole adapter folder")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The start of an error's text; of PyTorch's loading errors the first misfit."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -109,7 +109,7 @@ class Recipe:
             if key in theirs and self.adapters is None:
                 raise InputError(f"recipe: {key!r} belongs to adapters, and a full fine-tune has none")
         adapters = self.adapters
-        inner = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if k in theirs}
+        inner: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if k in theirs}
         if adapters is not None and inner:
             adapters = replace(adapters, **inner)
         return replace(self, **{"adapters": adapters, **{k: v for k, v in changes.items() if k in own}})

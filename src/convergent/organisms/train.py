@@ -111,12 +111,13 @@ def train(
                 rows = encode_chats(chat.tokenizer, examples, recipe)
                 trainer = _trainer(chat, recipe, rows, work, checkpoint_every, on_progress)
                 _fit(trainer, work)
+            model: Any = trainer.model
         except TrainingError:
             shutil.rmtree(work.parent)
             raise
         with building(out) as scratch:
             if scratch is not None:
-                _save(trainer.model, scratch, base)
+                _save(model, scratch, base)
                 organism = Organism(
                     name=name,
                     recipe=recipe,
@@ -129,8 +130,8 @@ def train(
                     dtype=dtype,
                     content_id=adapter_id(scratch, base_id) if recipe.adapters else folder_id(scratch),
                     training_id=run_id,
-                    trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-                    seconds=round(trainer.state.log_history[-1].get("seconds", trainer.watch.seconds), 1),
+                    trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                    seconds=round(trainer.watch.seconds, 1),
                     loss_curve=loss_curve(trainer.state.log_history, recipe.epochs),
                     versions={p: version(p) for p in ("torch", "transformers", "peft", "accelerate")},
                 )

@@ -26,10 +26,10 @@
   });
   applyTheme();
 
-  // Tables that hide behind <details> belong on paper too.
+  // What hides behind <details> belongs on paper too, but for a figure's table: the numbers stand at the end.
   let closed = [];
   addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open]):not(.picker)")];
+    closed = [...document.querySelectorAll("details:not([open]):not(.picker):not(figure details)")];
     closed.forEach((d) => { d.open = true; });
   });
   addEventListener("afterprint", () => closed.forEach((d) => { d.open = false; }));

@@ -100,7 +100,8 @@ def _table(results: Results, id_: str, title: str, note: str, columns: Mapping[s
     groups: dict[str, list[tuple[str, ...]]] = {g: [] for g in GROUPS}
     for r in results.conditions.to_dict("records"):
         cells = (str(f(r)).replace("not measured of not measured", "not measured") for f in columns.values())
-        groups.setdefault(r["group"], []).append((r["label"], *cells))
+        label = r["label"].replace("λ = ", "λ\u00a0=\u00a0")  # not torn apart in a narrow column
+        groups.setdefault(r["group"], []).append((label, *cells))
     filled = tuple((GROUPS.get(g, g), tuple(rows)) for g, rows in groups.items() if rows)
     return Table(id_, title, note, ("Condition", *columns), filled)
 

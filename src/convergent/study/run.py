@@ -142,7 +142,7 @@ class Run:
             return OrganismPlan(name, spec, None, None, content_id(self.base_id, folder_id(folder)), folder)
         overrides = {
             k: v
-            for k in ("learning_rate", "epochs", "batch_size", "rank", "alpha", "layers")
+            for k in ("learning_rate", "epochs", "batch_size", "grad_accumulation", "rank", "alpha", "layers")
             if (v := getattr(spec, k)) is not None
         }
         seed = self.spec.seed if spec.seed is None else spec.seed

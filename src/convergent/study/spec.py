@@ -33,6 +33,7 @@ class OrganismSpec(_Spec):
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
+    grad_accumulation: int | None = Field(default=None, ge=1)
     rank: int | None = Field(default=None, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     layers: tuple[int, ...] | None = None
