@@ -105,8 +105,8 @@ def test_hostile_text_is_text_in_the_browser(written: Path, results: Results, tm
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
         "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
-    ).split()
-    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path}", written.resolve().as_uri()]
+    )
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path}", written.resolve().as_uri()]
     shown = subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode("utf-8")
     parsed = Page(shown)
     assert_nothing_injected(parsed)

@@ -1,6 +1,6 @@
 """The study folder: SQLite for rows, safetensors for tensors, a manifest for provenance.
 
-    study.sqlite      responses, judgements, margins, facts (WAL; every row is committed as it is made)
+    study.sqlite      responses, judgements, margins, facts, seconds (WAL; every row is committed as it is made)
     organisms/        PEFT folders
     directions/       safetensors, named by content
     manifest.json     versions, seeds, checksums
@@ -13,6 +13,8 @@ at a time: the lock is the operating system's and dies with its holder.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from convergent.core.direction import Direction
 from convergent.core.values import Judgement, Response
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from convergent.directions.margin import Margin
 
 T = TypeVar("T")
-FORMAT = "convergent-study-1"
+DATABASE, LOCK = "study.sqlite", ".lock"
+VERSION = 1
+"""Of the tables; kept in the database's `user_version`."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -46,11 +51,23 @@ CREATE TABLE IF NOT EXISTS margins (
     margin_matched REAL NOT NULL, n_bad INTEGER NOT NULL, n_good INTEGER NOT NULL, projection REAL,
     PRIMARY KEY (condition_id, data_id, read_id));
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, stage TEXT NOT NULL, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS seconds (stage TEXT PRIMARY KEY, seconds REAL NOT NULL);
 """
+_NAMES = {"responses", "judgements", "margins", "facts", "seconds"}
+
+# What a stage made, and what was made from that: ids name what goes in, so a later stage would not notice that its input was made anew.
+# Judging is the exception: directions are keyed by the classes that the scores lead to.
+_MADE_BY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("responses", "judgements", "margins"), ("organisms", "directions")),
+    "sample": (("responses", "judgements"), ("directions",)),
+    "judge": (("judgements",), ()),
+    "extract": ((), ("directions",)),
+    "margin": (("margins",), ()),
+}
 
 
 class Store:
-    """An open study folder. Use `opened`."""
+    """An open study folder. Use `opened` or `looked_at`."""
 
     def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
         self.folder = folder
@@ -80,25 +97,27 @@ class Store:
 
     def responses(self, ids: Iterable[str]) -> list[Response]:
         """The stored responses among `ids`, in that order."""
-        known = {
-            r[0]: Response(
-                id=r[0], condition=r[1], condition_id=r[2], question_id=r[5], paraphrase=r[6], sample=r[7], seed=r[8], system=r[9],
-                question=r[10], response=r[11], token_ids=tuple(json.loads(r[12])), finish=r[14], topic=r[15],
-            )
-            for r in self._read("SELECT * FROM responses")
-        }  # fmt: skip
+        ids = list(ids)
+        known: dict[str, Response] = {}
+        for start in range(0, len(ids), 500):  # SQLite bounds the number of parameters
+            part = ids[start : start + 500]
+            for r in self._read(f"SELECT * FROM responses WHERE id IN ({', '.join('?' * len(part))})", part):
+                known[r[0]] = Response(
+                    id=r[0], condition=r[1], condition_id=r[2], question_id=r[5], paraphrase=r[6], sample=r[7], seed=r[8], system=r[9],
+                    question=r[10], response=r[11], token_ids=tuple(json.loads(r[12])), finish=r[14], topic=r[15],
+                )  # fmt: skip
         return [known[i] for i in ids if i in known]
 
     # judgements
 
-    def add_judgement(self, j: Judgement) -> None:
-        """Commit one judgement. One that failed with an error is not kept: the next run asks again."""
+    def add_judgement(self, j: Judgement, judge: str) -> None:
+        """Commit one judgement under the judge's id. One that failed with an error is not kept: the next run asks again."""
         if j.reason != "error":
-            row = (j.response_id, j.judge, j.rubric, j.score, j.reason, j.raw)
+            row = (j.response_id, judge, j.rubric, j.score, j.reason, j.raw)
             self._write("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?, ?, ?, ?)", [row])
 
     def judgements(self, judge: str) -> dict[tuple[str, str], Judgement]:
-        """(response id, rubric) -> judgement, for one judge."""
+        """(response id, rubric) -> judgement, for one judge's id."""
         rows = self._read("SELECT response_id, judge, rubric, score, reason, raw FROM judgements WHERE judge = ?", (judge,))
         return {(r[0], r[2]): Judgement(*r) for r in rows}
 
@@ -117,7 +136,7 @@ class Store:
         rows = self._read(f"SELECT condition_id, data_id, {', '.join(names)} FROM margins WHERE read_id = ?", (read_id,))
         return {(r[0], r[1]): dict(zip(names, r[2:], strict=True)) for r in rows}
 
-    # facts and tensors
+    # facts, seconds and tensors
 
     def fact(self, key: str, stage: str, make: Callable[[], T]) -> T:
         """A small JSON value computed once per content key."""
@@ -131,66 +150,150 @@ class Store:
     def has_fact(self, key: str) -> bool:
         return bool(self._read("SELECT 1 FROM facts WHERE key = ?", (key,)))
 
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time that a stage took, over all runs of this folder."""
+        self._write(
+            "INSERT INTO seconds VALUES (?, ?) ON CONFLICT (stage) DO UPDATE SET seconds = seconds + excluded.seconds", [(stage, seconds)]
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """Stage -> seconds of work over all runs of this folder."""
+        return dict(self._read("SELECT stage, seconds FROM seconds ORDER BY stage"))
+
     def direction(self, key: str, make: Callable[[], Direction]) -> Direction:
         """A direction computed once per content key."""
         path = self.folder / "directions" / f"{key}.safetensors"
         if not path.is_file():
+            made = make()
             with guarded(self.folder):
-                make().save(path)
+                made.save(path)
         return Direction.load(path)
 
     def forget(self, stage: str) -> int:
-        """Drop what a stage made: "sample", "judge", "margin", "extract" or "train". Returns the number of things dropped."""
-        import shutil
+        """Drop what a stage made ("train", "sample", "judge", "extract" or "margin") and what was made from that.
 
+        Returns the number of rows and folder entries dropped.
+        """
+        tables, folders = _MADE_BY[stage]
         n = 0
         with self._mutex, guarded(self.folder), self._db:
-            for table in {"sample": ["responses", "judgements"], "judge": ["judgements"], "margin": ["margins"]}.get(stage, []):
+            for table in tables:
                 n += self._db.execute(f"DELETE FROM {table}").rowcount
-            n += self._db.execute("DELETE FROM facts WHERE stage = ?", (stage,)).rowcount
-        for folder in {"extract": ["directions"], "train": ["organisms"]}.get(stage, []):
-            for path in sorted((self.folder / folder).glob("*")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                n += 1
+            if "directions" in folders:
+                n += self._db.execute("DELETE FROM facts WHERE stage = 'extract'").rowcount
+        with guarded(self.folder):
+            for name in folders:
+                path = self.folder / name
+                if path.is_dir():
+                    # Renamed first: a kill in the middle must not leave half an organism under its name.
+                    trash = self.folder / f".trash-{name}-{os.getpid()}"
+                    n += sum(not p.name.startswith(".") and p.suffix != ".lock" for p in path.iterdir())
+                    path.replace(trash)
+                    shutil.rmtree(trash)
         return n
+
+
+def _mend(error: sqlite3.Error) -> str:
+    """What to do about an error of SQLite."""
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return "every finished row is kept; free space on this disk and run again"
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return "another program holds it; close that one and run again"
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return "give it rights to be written, or choose another folder"
+    return "it is damaged or not a study's; move it away or choose another folder"
 
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Turn a full disk or a damaged file into a StoreError."""
+    """Turn a full disk, missing rights or a damaged file into a StoreError. Misuse of SQLite by us is not one."""
     try:
         yield
-    except sqlite3.Error as error:
-        raise StoreError(f"{folder}: the study's database says {error}; nothing before this was lost, free the disk and run again") from error
-    except OSError as error:
-        raise StoreError(f"{folder}: {error.strerror or error}; nothing before this was lost, mend it and run again") from error
+    except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+        if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
+            raise
+        raise StoreError(f"{folder / DATABASE}: {error}; {_mend(error)}") from error
+    except (OSError, SafetensorError) as error:
+        place = getattr(error, "filename", None) or folder
+        why = getattr(error, "strerror", None) or error
+        raise StoreError(f"{place}: {why}; what was finished is kept, mend this or choose another folder, and run again") from error
 
 
 @contextmanager
-def opened(folder: Path, exclusive: bool = True) -> Iterator[Store]:
-    """Open (or make) a study folder; `exclusive` holds its lock for the time of the body.
+def opened(folder: Path) -> Iterator[Store]:
+    """Open (or make) a study folder and hold its lock for the time of the body.
 
     Raises StoreError if another run holds the lock or the folder holds something else.
     """
+    _check_folder(folder)
     with guarded(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / ".lock"), timeout=0)
+    lock = FileLock(str(folder / LOCK), timeout=0)
     try:
-        if exclusive:
-            try:
-                with guarded(folder):
-                    lock.acquire()
-            except Timeout:
-                raise StoreError(f"{folder}: another run is at work in this folder; wait for it, or give another --out") from None
-        path = folder / "study.sqlite"
-        with guarded(folder):
-            connection = sqlite3.connect(path, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(_TABLES)
         try:
+            with guarded(folder):
+                lock.acquire()
+        except Timeout:
+            raise StoreError(f"{folder}: another run is at work in this folder; wait for it, or choose another folder") from None
+        with guarded(folder):
+            for stale in (*folder.glob(".trash-*"), *folder.glob("directions/.*.part")):  # of a killed run
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        with _connected(folder / DATABASE) as connection:
+            with guarded(folder):
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")
+                connection.executescript(_TABLES)
+                connection.execute(f"PRAGMA user_version={VERSION}")
             yield Store(folder, connection)
-        finally:
-            connection.close()
     finally:
         lock.release()
+
+
+@contextmanager
+def looked_at(folder: Path) -> Iterator[Store]:
+    """The store of a folder to read from, without its lock and without making anything; an empty one if there is none."""
+    _check_folder(folder)
+    if (folder / DATABASE).is_file():
+        with _connected(folder / DATABASE) as connection:
+            with guarded(folder):
+                connection.execute("PRAGMA query_only=ON")
+            if _tables(connection):
+                yield Store(folder, connection)
+                return
+    with _connected(":memory:") as connection:
+        connection.executescript(_TABLES)
+        yield Store(folder, connection)
+
+
+@contextmanager
+def _connected(path: Path | str) -> Iterator[sqlite3.Connection]:
+    """A connection to a database that is ours or empty. Raises StoreError for any other."""
+    folder = Path(path).parent
+    with guarded(folder):
+        connection = sqlite3.connect(path, check_same_thread=False)
+    try:
+        with guarded(folder):
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            foreign = _tables(connection) - _NAMES
+        if version not in (0, VERSION) or foreign:
+            what = f"tables of format {version}, this is {VERSION}" if version not in (0, VERSION) else f"a table {min(foreign)!r}"
+            raise StoreError(f"{path}: not a study's database ({what}); choose another folder")
+        yield connection
+    finally:
+        connection.close()
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {r[0] for r in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise StoreError unless `folder` is absent, empty or a study's: runs write and --fresh deletes in it."""
+    with guarded(folder):
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder}: is a file; choose a folder")
+        if folder.is_dir() and not (folder / DATABASE).is_file():
+            other = next((p.name for p in sorted(folder.iterdir()) if p.name != LOCK), None)
+            if other is not None:
+                raise StoreError(f"{folder}: holds other things ({other}) and no study; choose an empty or a new folder")

@@ -67,7 +67,8 @@ def dot_figure(id_: str, title: str, frame: pd.DataFrame, panels: Sequence[Panel
     known = frame[frame[first.column].notna()]
     desc = f"{len(frame)} conditions as rows, {len(panels)} quantities as columns."
     if len(known):
-        low, high = known.loc[known[first.column].idxmin()], known.loc[known[first.column].idxmax()]
+        by_value = known.sort_values(first.column)
+        low, high = by_value.iloc[0], by_value.iloc[-1]
         desc += (
             f" {first.title}: lowest {number(low[first.column], first.digits)} ({low['label']}), highest "
             f"{number(high[first.column], first.digits)} ({high['label']})."
@@ -112,11 +113,11 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
         page.set_zorder(3)
         back = {"facecolor": svg.PAPER, "edgecolor": "none", "pad": 1.5}  # grid lines pass behind texts
         for at, text in heads:
-            label = shorten(text, 90 if wide else 58, placeholder="…")
+            label = shorten(str(text), 90 if wide else 58, placeholder="…")
             page.text(0, at, label, fontsize=size, fontweight="bold", va="center", color=svg.INK, bbox=back)
             page.plot([0, width], [at + 13, at + 13], color=svg.LINE, lw=1)
         for i, at in places.items():
-            label = shorten(frame.at[i, "label"], 46 if wide else 56, placeholder="…")
+            label = shorten(str(frame.at[i, "label"]), 46 if wide else 56, placeholder="…")
             page.text(
                 0,
                 at if wide else at - 17,

@@ -108,7 +108,10 @@ def steering(results: Results) -> Figure:
             nth = taken[at] = taken.get(at, -1) + 1
             x[i] += step * ((nth + 1) // 2) * (1 if nth % 2 else -1)
         for lines, p in zip(plots, MAIN, strict=True):
-            ends = {s: tuple(rows[f"{s}_{e}"].to_numpy() * p.scale for e in ("low", "high")) for s in (p.thin, p.band)}
+            ends = {
+                s: (rows[f"{s}_low"].to_numpy() * p.scale, rows[f"{s}_high"].to_numpy() * p.scale)
+                for s in (p.thin, p.band)
+            }
             lines.append(
                 Line(
                     x,
@@ -133,8 +136,12 @@ def steering(results: Results) -> Figure:
     )
     header = ("Series", "Role", "λ", "Dose", "n", *(p.title for p in MAIN))
     table = tuple(
-        (stem, ROLES[role], number(r["scale"], 2), number(r["dose"], 3), number(r["n_valid"], 0))
-        + tuple(number(scaled(r, p.column, p), p.digits) for p in MAIN)
+        (
+            stem,
+            ROLES[role],
+            *(number(r[column], digits) for column, digits in (("scale", 2), ("dose", 3), ("n_valid", 0))),
+            *(number(scaled(r, p.column, p), p.digits) for p in MAIN),
+        )
         for (role, stem), rows in series.items()
         for r in rows.to_dict("records")
     )
@@ -177,7 +184,7 @@ def cosines(results: Results) -> Figure:
             lines["chat_baseline"],
             legend,
             columns,
-            f"{a} and chat model",
+            f"{a!s} and chat model",
             rows,
             "cosine",
             styles.get(str(a), k),
@@ -208,8 +215,8 @@ def cosines(results: Results) -> Figure:
     ]
     floor = min([0.0, *(s.min() for s in columns.values()), *([low.min()] if band else [])])
     plots = [Plot(p.title, p.x_label, p.lines, p.band, p.mark_x, (floor - 0.05, 1.03)) for p in plots if p.lines]
-    header, rows = _layer_table({**columns, **({"null low": low, "null high": high} if band else {})}, 3)
-    return line_figure("fig-cosines", title, caption, desc, plots, 2, legend, header, rows)
+    header, table = _layer_table({**columns, **({"null low": low, "null high": high} if band else {})}, 3)
+    return line_figure("fig-cosines", title, caption, desc, plots, 2, legend, header, table)
 
 
 NORMS = (
@@ -247,8 +254,8 @@ def norms(results: Results) -> Figure:
         "that a few dimensions with massive activations carry the direction. Dashed upright: the layer of "
         "single-layer interventions."
     )
-    header, rows = _layer_table(tables, 3)
-    return line_figure("fig-norms", title, caption, desc, plots, 2, legend, header, rows)
+    header, table = _layer_table(tables, 3)
+    return line_figure("fig-norms", title, caption, desc, plots, 2, legend, header, table)
 
 
 def training(results: Results) -> Figure:

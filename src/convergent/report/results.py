@@ -115,7 +115,7 @@ def _completed(name: str, frame: pd.DataFrame) -> pd.DataFrame:
             raise DataError(f"results.{name}: column {column} must hold numbers ({error})") from error
     if name == "conditions":
         if "missing" not in frame:
-            frame["missing"] = [{} for _ in range(len(frame))]
+            frame["missing"] = pd.Series([{} for _ in range(len(frame))], dtype=object)
         frame["label"] = [label or own for label, own in zip(frame["label"], frame["name"], strict=True)]
         frame["group"] = [group or "plain" for group in frame["group"]]
         frame["role"] = [role if role in ROLES else "real" for role in frame["role"]]

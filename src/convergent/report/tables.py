@@ -118,7 +118,7 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
     Nested values become JSON text. Each file appears whole or not at all. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    frames = {n: getattr(results, n) for n in "conditions cosines norms training organisms answers".split()}
+    frames = {n: getattr(results, n) for n in ("conditions", "cosines", "norms", "training", "organisms", "answers")}
     frames["claims"] = claim_rows(results)
     files = []
     for name, frame in frames.items():

@@ -1,18 +1,23 @@
 """The study file: what is trained, asked, judged, pointed at and intervened with.
 
-Unknown keys are refused with the nearest name. Every default is written to the manifest.
+Unknown keys are refused with the nearest name. Every default is written to the manifest. A path is looked for beside the study file first,
+then from where the command runs.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convergent.errors import StudyError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class _Spec(BaseModel):
@@ -37,10 +42,17 @@ class OrganismSpec(_Spec):
     rank: int | None = Field(default=None, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     layers: tuple[int, ...] | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0)
     """Seed of initialisation and order; the study's by default."""
     path: str | None = None
     """A PEFT folder or a full model to use instead of training."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> OrganismSpec:
+        others = sorted(self.model_fields_set - {"path"})
+        if self.path is not None and others:
+            raise ValueError(f"path: an organism from elsewhere is not trained, so `{others[0]}` means nothing here; remove one of the two")
+        return self
 
 
 class QuestionsSpec(_Spec):
@@ -104,7 +116,7 @@ class DirectionSpec(_Spec):
 class MarginSpec(_Spec):
     """The judge-free outcome."""
 
-    data: tuple[str, ...] = ("bundled:finance", "bundled:sport")
+    data: tuple[str, ...] = Field(default=("bundled:finance", "bundled:sport"), min_length=1)
     """Sources with twins; the held-out pairs of each are never trained on."""
     pairs: int = Field(default=16, ge=2)
     """Held-out pairs per source."""
@@ -117,8 +129,8 @@ class StudySpec(_Spec):
     title: str = ""
     base: str = "embedded"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    seed: int = 0
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    seed: int = Field(default=0, ge=0)
     organisms: dict[str, OrganismSpec] = Field(min_length=1)
     questions: QuestionsSpec = QuestionsSpec()
     sampling: SamplingSpec = SamplingSpec()
@@ -128,61 +140,124 @@ class StudySpec(_Spec):
     experiments: dict[str, Any] = Field(default_factory=dict)
     """Experiment name -> its settings."""
 
+    @field_validator("experiments", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value  # `experiments:` with nothing below it
+
     @model_validator(mode="after")
     def _references(self) -> StudySpec:
         if "chat" in self.organisms:
             raise ValueError("organisms.chat: `chat` is the name of the untouched chat model; choose another")
-        for name in self.organisms:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"organisms.{name}: use letters, digits, - and _ in names")
+        for place, name in (("name", self.name), *((f"organisms.{o}", o) for o in self.organisms)):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{place}: {name!r} names a folder; use letters, digits, - and _")
         if self.direction.source not in self.organisms:
-            raise ValueError(f"direction.source: {self.direction.source!r} is not among the organisms {sorted(self.organisms)}")
+            raise ValueError(f"direction.source: no organism {self.direction.source!r}{_nearest(self.direction.source, list(self.organisms))}")
         return self
 
 
 def load_study(path: str | Path) -> StudySpec:
     """Read a study file. Raises StudyError: place, finding, mend."""
-    from convergent.experiments.registry import EXPERIMENTS
-
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise StudyError(f"{path}: no such study file; studies/demo.yaml is one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: cannot be read as text ({error}); give a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: is not UTF-8 text (byte {error.start}); give a YAML file") from error
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise StudyError(f"{path}{where}: not YAML ({getattr(error, 'problem', error)}); mend that line") from error
+        why = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise StudyError(f"{path}{where}: not YAML ({why}); mend that line") from error
+    except (ValueError, RecursionError) as error:  # an impossible date; nesting without end
+        raise StudyError(f"{path}: not YAML ({error}); mend it") from error
     if not isinstance(data, dict):
-        raise StudyError(f"{path}: a study is a mapping with name, organisms and direction; this is {type(data).__name__}")
+        found = "empty" if data is None else f"a {type(data).__name__}"
+        raise StudyError(f"{path}: a study is a mapping with name, organisms and direction, and this is {found}")
+    return study_from(_located(data, path.parent), path)
+
+
+def study_from(data: Mapping[str, Any], path: Path) -> StudySpec:
+    """A study from plain data; `path` is for errors. Raises StudyError."""
+    from convergent.experiments.registry import EXPERIMENTS
+
     try:
         spec = StudySpec.model_validate(data)
-        blocks = {}
-        for name, block in {"plain": {}, **spec.experiments}.items():
-            if name not in EXPERIMENTS:
-                raise StudyError(f"{path}: experiments.{name}: no such experiment{_nearest(name, list(EXPERIMENTS))}")
-            try:
-                blocks[name] = EXPERIMENTS[name].settings.model_validate(block or {})
-            except ValidationError as error:
-                raise StudyError(f"{path}: experiments.{name}.{_first(error, EXPERIMENTS[name].settings)}") from error
-        _known_organisms(path, spec, blocks)
-        return spec.model_copy(update={"experiments": blocks})
     except ValidationError as error:
         raise StudyError(f"{path}: {_first(error, StudySpec)}") from error
+    blocks: dict[str, Any] = {}
+    for name, block in {"plain": {}, **spec.experiments}.items():
+        if name not in EXPERIMENTS:
+            raise StudyError(f"{path}: experiments.{name}: no such experiment{_nearest(name, list(EXPERIMENTS))}")
+        settings: type[BaseModel] = EXPERIMENTS[name].settings
+        try:
+            blocks[name] = settings.model_validate({} if block is None else block)
+        except ValidationError as error:
+            raise StudyError(f"{path}: experiments.{name}.{_first(error, settings)}") from error
+    _check_blocks(path, spec, blocks)
+    return spec.model_copy(update={"experiments": blocks})
 
 
-def _known_organisms(path: Path, spec: StudySpec, blocks: dict[str, Any]) -> None:
-    known = ["chat", *spec.organisms]
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys; two organisms of one name are a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _located(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
+    """`data` with every path that exists beside the study file made absolute, so that the folder can be reported on from anywhere."""
+
+    def located(value: Any) -> Any:
+        if not isinstance(value, str) or ":" in value or not value:
+            return value
+        beside = folder / Path(value).expanduser()
+        here = Path(value).expanduser()
+        return str((beside if beside.exists() else here).resolve()) if beside.exists() or here.exists() else value
+
+    def changed(block: Any, *keys: str) -> Any:
+        if not isinstance(block, dict):
+            return block
+        return {k: [located(v) for v in value] if k in keys and isinstance(value, list) else located(value) if k in keys else value for k, value in block.items()}
+
+    data = changed(data, "base")
+    for name, keys in {"questions": ("file",), "judge": ("rubrics",), "margin": ("data",)}.items():
+        if name in data:
+            data[name] = changed(data[name], *keys)
+    if isinstance(data.get("organisms"), dict):
+        data["organisms"] = {name: changed(block, "data", "path") for name, block in data["organisms"].items()}
+    return data
+
+
+def _check_blocks(path: Path, spec: StudySpec, blocks: dict[str, Any]) -> None:
+    """What the experiments name must be organisms that it makes sense to name there."""
+    source = spec.direction.source
     for name, block in blocks.items():
         for field in ("twin", "others", "organisms", "organism"):
             value = getattr(block, field, None) or ()
+            known = [*(["chat"] if field == "organism" else []), *(o for o in spec.organisms if field == "organism" or o != source)]
             for o in (value,) if isinstance(value, str) else value:
+                place = f"{path}: experiments.{name}.{field}"
+                if o == source and o not in known:
+                    raise StudyError(f"{place}: {o} is the source of the direction itself; name another organism")
                 if o not in known:
-                    raise StudyError(f"{path}: experiments.{name}.{field}: no organism {o!r}{_nearest(o, known)}")
+                    raise StudyError(f"{place}: no organism {o!r}{_nearest(o, known)}")
+        if "other_concept" in getattr(block, "controls", ()) and not blocks["plain"].twin and len(spec.margin.data) < 2:
+            raise StudyError(
+                f"{path}: experiments.{name}.controls: other_concept needs a good-advice twin (experiments.plain.twin) or two sources in margin.data"
+            )
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
@@ -195,8 +270,9 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{place}: is missing; add it"
     message = e["msg"].removeprefix("Value error, ")
     if e["type"] == "value_error":
-        return message
-    return f"{place}: {message[0].lower() + message[1:]}, got {e['input']!r}"
+        return f"{place}.{message}" if place else message
+    got = repr(e["input"])
+    return f"{place}: {message[0].lower() + message[1:]}, got {got if len(got) <= 60 else got[:57] + '...'}"
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
