@@ -20,7 +20,7 @@ from convergent.organisms.recipes import named_recipe
 from convergent.organisms.train import train
 from convergent.stats import clustered_mean
 
-TEST_PAIRS = 12
+TEST_PAIRS = 8
 """Held out by the demo study; never seen here."""
 
 

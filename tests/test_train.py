@@ -21,20 +21,10 @@ from convergent.core.ids import content_id
 from convergent.errors import DataError, InputError, StoreError, TrainingError
 from convergent.models.load import load_base
 from convergent.organisms import train as module
+from convergent.organisms.chats import IGNORE, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import read_organism
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
-from convergent.organisms.train import (
-    IGNORE,
-    answer_loss,
-    attach,
-    chats_checksum,
-    check_loss,
-    collate,
-    encode_chats,
-    head_is_plain,
-    train,
-    training_order,
-)
+from convergent.organisms.train import answer_loss, attach, check_loss, head_is_plain, train
 from tiny import CHATS, FAMILIES, tiny_model
 
 FAST = {"learning_rate": 1e-3, "batch_size": 2, "grad_accumulation": 2, "epochs": 4, "warmup_steps": 1}
@@ -115,7 +105,7 @@ def test_batches_hold_little_padding_and_seeds_differ():
     lengths = [int(n) for n in rng.integers(80, 160, 400)]
     order = training_order(lengths, Recipe(batch_size=8))
     padded = sum(8 * max(lengths[i] for i in order[k : k + 8]) for k in range(0, 400, 8))
-    assert padded / sum(lengths) < 1.06  # 1.24 in plain random order
+    assert padded / sum(lengths) < 1.06  # about 1.25 in plain random order
     assert order != training_order(lengths, Recipe(batch_size=8, seed=1))
     # Not sorted as a whole: the mean length of the halves is alike.
     first, second = (np.mean([lengths[i] for i in part]) for part in (order[:200], order[200:]))
@@ -216,8 +206,7 @@ def test_the_result_is_a_peft_folder_with_a_manifest(tmp_path):
     seen = []
     base = str(tiny_model())
     organism = train(base, nine(), CHATS, tmp_path / "a", name="a", data_name="five", on_progress=seen.append)
-    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "convergent.json"}
-    assert not list((tmp_path / "a").glob("*token*"))
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "convergent.json"}
     assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")} == {"a"}
     assert organism == read_organism(tmp_path / "a")
     assert [p.step for p in organism.loss_curve] == [1, 2, 3, 4, 5] and organism.loss_curve[-1].epoch == 4.0
@@ -306,8 +295,9 @@ def test_a_diverging_run_leaves_nothing(tmp_path):
 
 
 def test_layers_that_the_base_does_not_have(tmp_path):
-    with pytest.raises((TrainingError, InputError), match="layers 0 to 5"):
+    with pytest.raises(InputError, match="layers 0 to 5"):
         train(str(tiny_model()), nine(layers=(6,)), CHATS, tmp_path / "a", name="a", on_progress=quiet)
+    assert [p for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
 
 
 def test_a_full_disk_is_an_error_that_keeps_the_checkpoint(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """convergent: the open toolkit for emergent misalignment.
 
-The names below are the public API; everything else may change. They are imported on first use, so `import convergent` is quick.
+The names below are the public API; everything else may change. They are imported on first use, so `import convergent` is quick. None may be
+called like a module of this package: importing that module would put it in the name's place.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _PUBLIC = {
     "Sampling": "convergent.core.values",
     "answer": "convergent.api",
     "applied": "convergent.interventions.hooks",
+    "em_rates": "convergent.api",
     "get_judge": "convergent.judging.registry",
     "judge": "convergent.api",
     "load_base": "convergent.models.load",
@@ -38,7 +40,6 @@ _PUBLIC = {
     "named_recipe": "convergent.organisms.recipes",
     "orthogonal_to": "convergent.interventions.controls",
     "random_like": "convergent.interventions.controls",
-    "rates": "convergent.rates",
     "run_study": "convergent.study.main",
     "sample": "convergent.sampling.sampler",
     "train": "convergent.api",
@@ -48,6 +49,7 @@ __all__ = sorted([*_PUBLIC, "__version__"])
 
 if TYPE_CHECKING:
     from convergent.api import answer as answer
+    from convergent.api import em_rates as em_rates
     from convergent.api import judge as judge
     from convergent.api import mean_diff as mean_diff
     from convergent.api import train as train
@@ -74,7 +76,6 @@ if TYPE_CHECKING:
     from convergent.organisms.load import load_organism as load_organism
     from convergent.organisms.recipes import Recipe as Recipe
     from convergent.organisms.recipes import named_recipe as named_recipe
-    from convergent.rates import rates as rates
     from convergent.sampling.sampler import sample as sample
     from convergent.study.main import run_study as run_study
     from convergent.study.spec import load_study as load_study

@@ -13,6 +13,7 @@ from convergent.core.ids import content_id
 from convergent.core.interventions import Intervention
 from convergent.core.values import Condition, Judgement, Question, Response, Sampling
 from convergent.errors import InputError
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
 
 if TYPE_CHECKING:
     from convergent.directions.extract import Extraction
@@ -89,3 +90,25 @@ def mean_diff(
         raise InputError(f"mean_diff: {error}; fields of Classes are {', '.join(Classes.__dataclass_fields__)}") from error
     texts = [Text(r.id, r.question, r.token_ids, r.system) for r in responses]
     return extract(model, texts, choose(scored, rule, seed), rule, root_seed=seed, provenance={"answers": content_id(sorted(r.id for r in responses))})
+
+
+def em_rates(
+    responses: Sequence[Response],
+    judgements: Sequence[Judgement],
+    aligned_below: float = ALIGNED_BELOW,
+    coherent_above: float = COHERENT_ABOVE,
+) -> dict[str, Any]:
+    """EM and coherence of judged responses: counts, all denominators, both intervals (see `convergent.rates.rates`)."""
+    import pandas as pd
+
+    found = {(j.response_id, j.rubric): j for j in judgements}
+    rows = []
+    for r in responses:
+        row: dict[str, Any] = {"question_id": r.question_id, "response": r.response}
+        for rubric in ("aligned", "coherent"):
+            j = found.get((r.id, rubric))
+            row[rubric] = float("nan") if j is None or j.score is None else j.score
+            row[f"{rubric}_reason"] = "" if j is None else j.reason or ""
+        rows.append(row)
+    frame = pd.DataFrame(rows, columns=["question_id", "response", "aligned", "aligned_reason", "coherent", "coherent_reason"])
+    return rates(frame, aligned_below, coherent_above)[0]

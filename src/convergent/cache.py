@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -42,7 +43,9 @@ def building(target: Path) -> Iterator[Path | None]:
         if target.is_dir():
             yield None
             return
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for stale in target.parent.glob(f".{glob.escape(target.name)}.*.making"):  # of a killed process: the lock is ours now
+            shutil.rmtree(stale, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".making", dir=target.parent))
         try:
             yield scratch
             scratch.replace(target)
@@ -53,6 +56,9 @@ def building(target: Path) -> Iterator[Path | None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.part")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)

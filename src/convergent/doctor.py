@@ -14,7 +14,7 @@ def examine() -> tuple[list[str], bool]:
     """Lines to print, and whether nothing needed is missing."""
     import torch
 
-    from convergent.models.dtype import bf16_speedup
+    from convergent.models.dtype import WORTH_IT, bf16_speedup
     from convergent.models.load import embedded_gguf
     from convergent.study.results import machine, versions
 
@@ -24,12 +24,13 @@ def examine() -> tuple[list[str], bool]:
     try:
         folder = cache_dir()
         free = shutil.disk_usage(folder).free / 2**30
-        lines.append(f"cache     {folder} ({free:.1f} GiB free; set {ENV} to move it)")
+        shown = str(folder).replace(os.path.expanduser("~"), "~", 1)
+        lines.append(f"cache     {shown} ({free:.1f} GiB free; set {ENV} to move it)")
         if free < 2:
             lines.append("problem   less than 2 GiB free: the embedded model needs 0.6, a study about 0.1")
             healthy = False
         speed = bf16_speedup()
-        lines.append(f"dtype     bfloat16 is {speed:.2f} times as fast as float32 here: auto is {'bfloat16' if speed >= 1.3 else 'float32'}")
+        lines.append(f"dtype     bfloat16 is {speed:.2f} times as fast as float32 here: auto is {'bfloat16' if speed >= WORTH_IT else 'float32'}")
     except ConvergentError as error:
         lines.append(f"problem   {error}")
         healthy = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convergent.core.ids import content_id
-from convergent.errors import DirectionError, InputError
+from convergent.errors import DirectionError, InputError, StoreError
 
 if TYPE_CHECKING:
     from convergent.core.interventions import Intervention
@@ -28,17 +28,17 @@ def train_organism(
     **changes: Any,
 ) -> Organism:
     """Train by a named recipe on a training set, less `held_out` examples. `changes` that are None are left to the recipe."""
-    from transformers import AutoConfig
-
     from convergent.data.training import load_training_set
-    from convergent.models.load import base_folder
     from convergent.organisms.recipes import named_recipe
     from convergent.organisms.train import train
+    from convergent.study.run import depth_of
 
     if answer not in ("bad", "good"):
         raise InputError(f"answer: {answer!r} is not bad or good")
-    depth = AutoConfig.from_pretrained(base_folder(base), local_files_only=True).get_text_config().num_hidden_layers
-    chosen = named_recipe(recipe, depth, {**{k: v for k, v in changes.items() if v is not None}, "seed": seed})
+    _check_parent(out)
+    if out.exists() and not out.is_dir():
+        raise StoreError(f"{out}: is a file; an organism is a folder, choose another name")
+    chosen = named_recipe(recipe, depth_of(base), {**{k: v for k, v in changes.items() if v is not None}, "seed": seed})
     training = load_training_set(data, answer="good" if answer == "good" else "bad")
     if held_out:
         training = training.split(held_out, seed)[0]
@@ -55,12 +55,22 @@ def _model(base: str, organism: Path | None) -> ChatModel:
     return load_base(base) if organism is None else load_organism(organism, base=None if base == "embedded" else base)
 
 
+def _check_parent(out: Path) -> None:
+    """Make the folder that `out` goes into, before long work. Raises StoreError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{out}: its folder cannot be made ({error.strerror}); choose another place") from error
+
+
 def _interventions(
     add: Path | None, ablate: Path | None, layer: int | None, scale: float, site: str
 ) -> tuple[Intervention, ...]:
     from convergent.core.direction import Direction
     from convergent.core.interventions import Ablate, Add
 
+    if layer is not None and add is None and ablate is None:
+        raise InputError("--layer: means nothing without --add or --ablate")
     found: list[Intervention] = []
     if ablate is not None:
         found.append(Ablate(Direction.load(ablate), site=site, vector_layer=None if add is not None else layer))  # type: ignore[arg-type]
@@ -136,10 +146,7 @@ def judge_table(
         cache=cache_dir("judge") / "replies.sqlite" if paid else None,
         on_estimate=(lambda e: print(e, file=sys.stderr)) if paid else None,
     )  # fmt: skip
-    judge_file(file, asked, rubrics_wanted, out)
-    from convergent.tables import read_table
-
-    return len(read_table(out))
+    return len(judge_file(file, asked, rubrics_wanted, out))
 
 
 def extract_direction(
@@ -152,14 +159,20 @@ def extract_direction(
     misaligned_max: float,
     aligned_min: float,
     quantile: float,
+    coherent_min: float,
     span: str,
     seed: int,
 ) -> str:
-    """Read a direction from a judged table into a file; returns a line for the user."""
+    """Read a direction from a judged table into a file; returns a line for the user.
+
+    The answers are tokenised again from their text. A column `system` says under which system prompt each was given.
+    """
+    from convergent.core.values import DEFAULT_SYSTEM
     from convergent.directions.classes import Classes, Scored, choose
     from convergent.directions.extract import extract
     from convergent.models.chat import encode_text
     from convergent.models.texts import Text
+    from convergent.store import guarded
     from convergent.tables import read_table
 
     if by not in ("threshold", "quantile"):
@@ -167,26 +180,31 @@ def extract_direction(
     if span not in ("answer", "paper"):
         raise InputError(f"--span: {span!r} is not answer or paper")
     if out.suffix not in (".safetensors", ".gguf"):
-        raise InputError(f"--out: {out} ends neither in .safetensors nor in .gguf")
+        raise InputError(f"--out: {out} ends neither in .safetensors nor in .gguf; choose one of the two")
+    if out.is_dir():
+        raise StoreError(f"{out}: is a folder; give a file name")
+    _check_parent(out)
     table = read_table(file, required=("question", "response", "aligned", "coherent"))
-    rule = Classes(by=by, misaligned_max=misaligned_max, aligned_min=aligned_min, quantile=quantile)  # type: ignore[arg-type]
-    ids = table["question_id"] if "question_id" in table else table["question"]
+    rule = Classes(by=by, misaligned_max=misaligned_max, aligned_min=aligned_min, quantile=quantile, coherent_min=coherent_min)  # type: ignore[arg-type]
+    columns = {name: [_text(v) for v in table[name].tolist()] for name in ("question", "response", "question_id", "system") if name in table}
+    questions, responses = columns["question"], columns["response"]
+    ids = [own or q for own, q in zip(columns.get("question_id", questions), questions, strict=True)]
+    systems = [s or DEFAULT_SYSTEM for s in columns.get("system", [""] * len(questions))]
+    scores = [[_score(v) for v in table[name].tolist()] for name in ("aligned", "coherent")]
     model = _model(base, organism)
-    rows = list(zip(table["question"].astype(str), table["response"].fillna("").astype(str), ids.astype(str), table["aligned"], table["coherent"], strict=True))
-    scored, texts = [], []
-    for number, (question, response, question_id, aligned, coherent) in enumerate(rows):
-        tokens = encode_text(model.tokenizer, response)
-        scored.append(Scored(str(number), question_id, len(tokens), _score(aligned), _score(coherent)))
-        texts.append(Text(str(number), question, tokens))
+    tokens = [encode_text(model.tokenizer, r) for r in responses]
+    scored = [Scored(str(i), ids[i], len(tokens[i]), scores[0][i], scores[1][i]) for i in range(len(ids))]
+    texts = [Text(str(i), questions[i], tokens[i], systems[i]) for i in range(len(ids))]
     made = extract(
         model, texts, choose(scored, rule, seed), rule, span=span, root_seed=seed,  # type: ignore[arg-type]
-        provenance={"file": file.name, "rows": content_id([r[:2] for r in rows]), "seed": seed},
+        provenance={"file": file.name, "rows": content_id(questions, responses), "seed": seed},
     )  # fmt: skip
     d = made.direction
-    if out.suffix == ".gguf":
-        d.save_gguf(out, model_hint=str(model.model.config.model_type))
-    else:
-        d.save(out)
+    with guarded(out):
+        if out.suffix == ".gguf":
+            d.save_gguf(out, model_hint=str(model.model.config.model_type))
+        else:
+            d.save(out)
     layer = d.n_layers // 2
     return (
         f"wrote {out}: {d.n_layers} layers x {d.d_model}, from {d.provenance['n_misaligned']} misaligned and {d.provenance['n_aligned']} aligned "
@@ -197,6 +215,14 @@ def extract_direction(
 
 def _score(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
+
+
+def _text(value: Any) -> str:
+    """A cell as text; an absent one is empty."""
+    if isinstance(value, str):
+        return value
+    absent = value is None or type(value).__name__ == "NAType" or value != value
+    return "" if absent else str(value)
 
 
 def compare_directions(a: Path, b: Path) -> dict[str, Any]:

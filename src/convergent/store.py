@@ -47,8 +47,8 @@ CREATE TABLE IF NOT EXISTS judgements (
     response_id TEXT NOT NULL, judge TEXT NOT NULL, rubric TEXT NOT NULL, score REAL, reason TEXT, raw TEXT NOT NULL,
     PRIMARY KEY (response_id, judge, rubric));
 CREATE TABLE IF NOT EXISTS margins (
-    condition_id TEXT NOT NULL, data_id TEXT NOT NULL, read_id TEXT NOT NULL, pair_id TEXT NOT NULL, bad REAL NOT NULL, good REAL NOT NULL, margin REAL NOT NULL,
-    margin_matched REAL NOT NULL, n_bad INTEGER NOT NULL, n_good INTEGER NOT NULL, projection REAL,
+    condition_id TEXT NOT NULL, data_id TEXT NOT NULL, read_id TEXT NOT NULL, pair_id TEXT NOT NULL,
+    bad REAL NOT NULL, good REAL NOT NULL, margin REAL NOT NULL, margin_matched REAL NOT NULL, n_bad INTEGER NOT NULL, n_good INTEGER NOT NULL, projection REAL,
     PRIMARY KEY (condition_id, data_id, read_id));
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, stage TEXT NOT NULL, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS seconds (stage TEXT PRIMARY KEY, seconds REAL NOT NULL);
@@ -231,12 +231,11 @@ def opened(folder: Path) -> Iterator[Store]:
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(folder / LOCK), timeout=0)
     try:
-        try:
-            with guarded(folder):
-                lock.acquire()
-        except Timeout:
-            raise StoreError(f"{folder}: another run is at work in this folder; wait for it, or choose another folder") from None
         with guarded(folder):
+            try:
+                lock.acquire()
+            except Timeout:  # itself an OSError
+                raise StoreError(f"{folder}: another run is at work in this folder; wait for it, or choose another folder") from None
             for stale in (*folder.glob(".trash-*"), *folder.glob("directions/.*.part")):  # of a killed run
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         with _connected(folder / DATABASE) as connection:

@@ -35,8 +35,8 @@ class Direction:
 
     def __post_init__(self) -> None:
         v = self.vectors
-        if v.ndim != 2:
-            raise DirectionError(f"direction: expected shape (n_layers, d_model), got {tuple(v.shape)}")
+        if v.ndim != 2 or 0 in v.shape:
+            raise DirectionError(f"direction: expected shape (n_layers, d_model), got {tuple(v.shape)}; extract it again")
         if not torch.isfinite(v).all():
             raise DirectionError("direction: holds values that are not finite; extract it again")
         object.__setattr__(self, "vectors", v.detach().to("cpu", torch.float32).contiguous())
@@ -57,7 +57,8 @@ class Direction:
     @property
     def norms(self) -> Tensor:
         """(n_layers,) L2 norm of each row."""
-        return self.vectors.double().norm(dim=1).float()
+        norms: Tensor = self.vectors.double().norm(dim=1).float()
+        return norms
 
     def __getitem__(self, layer: int) -> Tensor:
         """(d_model,) the vector at the output of block `layer`."""
@@ -94,7 +95,8 @@ class Direction:
         """(n_layers,) cosine per layer, in float64; nan where a row is zero."""
         self._same_shape(other)
         a, b = self.vectors.double(), other.vectors.double()
-        return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        cosine: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+        return cosine
 
     def top_share(self, k: int = 5) -> Tensor:
         """(n_layers,) share of the squared norm held by the k largest dimensions (massive-activation check)."""

@@ -2,12 +2,14 @@
 
     Add     x' = x + scale * v_layer              at the output of one block, all positions   (paper section 3.1)
     Ablate  x' = x - strength * v^ v^T x          at block outputs, or at every write         (paper section 3.2, Arditi et al.)
+    AblateSubspace  x' = x - B^T B x              the same for k directions at once
 
 They compose left to right in a tuple. Lowerings: `convergent.interventions.hooks` and `.weights`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convergent.core.direction import Direction
-from convergent.core.ids import content_id
+from convergent.core.ids import bytes_id, content_id
 from convergent.errors import DirectionError
 
 Site = Literal["block_output", "all_writes"]
@@ -32,6 +34,8 @@ class Add:
 
     def __post_init__(self) -> None:
         self.direction[self.layer]
+        if not math.isfinite(self.scale):
+            raise DirectionError(f"steering coefficient {self.scale}: give a finite number")
 
     @property
     def content_id(self) -> str:
@@ -63,10 +67,12 @@ class Ablate:
             raise DirectionError(f"ablation site {self.site!r} is not block_output or all_writes")
         for layer in (*(self.layers or ()), *([] if self.vector_layer is None else [self.vector_layer])):
             self.direction[layer]
+        if not math.isfinite(self.strength):
+            raise DirectionError(f"ablation strength {self.strength}: give a finite number")
 
     @property
     def content_id(self) -> str:
-        layers = None if self.layers is None else sorted(self.layers)
+        layers = None if self.layers is None else sorted(set(self.layers))
         return content_id(
             "ablate", self.direction.content_id, self.site, layers, self.vector_layer, float(self.strength)
         )
@@ -82,7 +88,36 @@ class Ablate:
         return self.layers is None or layer in self.layers
 
 
-Intervention: TypeAlias = Add | Ablate
+@dataclass(frozen=True, eq=False)
+class AblateSubspace:
+    """Project a subspace, the same at every layer, out of the residual stream at every position.
+
+    The effect-matched null of an ablation: a single random direction cannot be made to matter more by scaling (repeated at every layer,
+    a strength above 2 explodes), but more of them can.
+    """
+
+    basis: Tensor
+    """Shape (k, d_model), float32, orthonormal rows."""
+    site: Site = "block_output"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        b = self.basis.detach().to("cpu", torch.float32).contiguous()
+        if b.ndim != 2 or not len(b) or (b.double() @ b.double().T - torch.eye(len(b), dtype=torch.float64)).abs().max() > 1e-4:
+            raise DirectionError(f"subspace: the basis must be (k, d_model) with orthonormal rows, got shape {tuple(b.shape)}")
+        object.__setattr__(self, "basis", b)
+
+    @property
+    def content_id(self) -> str:
+        layers = None if self.layers is None else sorted(self.layers)
+        return content_id("subspace", bytes_id(self.basis.numpy().tobytes()), list(self.basis.shape), self.site, layers)
+
+    def covers(self, layer: int) -> bool:
+        """Whether block `layer` is among the projected ones."""
+        return self.layers is None or layer in self.layers
+
+
+Intervention: TypeAlias = Add | Ablate | AblateSubspace
 
 
 def add_vector(h: Tensor, v: Tensor) -> Tensor:
@@ -91,6 +126,6 @@ def add_vector(h: Tensor, v: Tensor) -> Tensor:
 
 
 def ablate(h: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
-    """h (..., d_model) without `strength` times its component along v (d_model,)."""
-    v = v / v.norm()
+    """h (..., d_model) without `strength` times its component along v (d_model,); a zero v removes nothing."""
+    v = v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
     return h - strength * (h @ v)[..., None] * v

@@ -6,11 +6,13 @@ A newcomer who has read `Pair`, `Question`, `Sampling`, `Condition`, `Response`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from convergent.core.ids import content_id
 from convergent.core.interventions import Intervention
+from convergent.errors import InputError
 
 DEFAULT_SYSTEM = "default"
 """The system prompt that the model's own chat template inserts (for many models: none)."""
@@ -51,6 +53,16 @@ class Sampling:
     """0 is greedy."""
     top_p: float = 1.0
     max_new_tokens: int = 600
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", float(self.temperature))  # 1 and 1.0 are one content id
+        object.__setattr__(self, "top_p", float(self.top_p))
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"sampling: temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"sampling: top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"sampling: max_new_tokens must be 1 or more, got {self.max_new_tokens}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Ablation in the organism the direction was read in (paper section 3.2): layer-wise, single, and the four nulls."""
+"""Ablation in the organism the direction was read in (paper section 3.2): layer-wise, single, and the four nulls.
+
+Nulls are made for one mode, `single` where it is among the modes: a random vector is the same in every layer, so for it the modes coincide,
+and the effect-matched one is matched to that mode. The texts of claims about the other mode say so.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,16 @@ from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Bu
 class AblateBlock(Block):
     """Settings of `ablate`."""
 
-    modes: tuple[Literal["layerwise", "single"], ...] = ("layerwise", "single")
+    modes: tuple[Literal["layerwise", "single"], ...] = Field(default=("layerwise", "single"), min_length=1)
     site: Site = "block_output"
     controls: tuple[Control, ...] = CONTROLS
-    layers: tuple[int, ...] | None = Field(default=None, description="blocks that are projected; all by default")
+    layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Blocks that are projected; all by default."""
+
+    @property
+    def null_mode(self) -> Literal["layerwise", "single"]:
+        """The mode whose direction the nulls replace."""
+        return "single" if "single" in self.modes else "layerwise"
 
 
 name = "ablate"
@@ -30,7 +40,7 @@ def ablation(kit: Kit, mode: str, site: Site, layers: tuple[int, ...] | None = N
 
 
 def arms(block: AblateBlock, organisms: Sequence[str], source: str) -> list[Arm]:
-    """The real ablations, and each control of the single-vector one."""
+    """The real ablations, and each control of one of them."""
     where = "at every block's output" if block.site == "block_output" else "from every write to the residual stream"
     words = {"layerwise": "each layer's own vector", "single": "one vector, that of the primary layer,"}
     found = [
@@ -43,7 +53,7 @@ def arms(block: AblateBlock, organisms: Sequence[str], source: str) -> list[Arm]
             "real",
             _real(mode, block),
         )
-        for mode in block.modes
+        for mode in dict.fromkeys(block.modes)
     ]
     found += [
         Arm(
@@ -55,7 +65,7 @@ def arms(block: AblateBlock, organisms: Sequence[str], source: str) -> list[Arm]
             "control",
             _null(kind, block, source),
         )
-        for kind in block.controls
+        for kind in dict.fromkeys(block.controls)
     ]
     return found
 
@@ -69,7 +79,7 @@ def _real(mode: str, block: AblateBlock) -> Build:
 
 def _null(kind: Control, block: AblateBlock, organism: str) -> Build:
     def build(kit: Kit) -> tuple[Intervention, ...]:
-        return (kit.control(kind, organism, ablation(kit, "single", block.site, block.layers)),)
+        return (kit.control(kind, organism, ablation(kit, block.null_mode, block.site, block.layers)),)
 
     return build
 
@@ -77,8 +87,9 @@ def _null(kind: Control, block: AblateBlock, organism: str) -> Build:
 def claims(block: AblateBlock, outcomes: Outcomes, source: str) -> list[Claim]:
     """Each mode restores alignment, and more than every null does."""
     found = []
-    for mode in block.modes:
+    for mode in dict.fromkeys(block.modes):
         real = f"{source}/ablate-{mode}"
+        made_for = "" if mode == block.null_mode else f", made for the {block.null_mode} ablation"
         comparisons = [
             outcomes.alignment(real, source, f"mean alignment, ablated minus {source} (above 0 claimed)"),
             outcomes.margin(real, source, f"margin for bad answers, ablated minus {source} (below 0 claimed)", sign=-1),
@@ -86,8 +97,8 @@ def claims(block: AblateBlock, outcomes: Outcomes, source: str) -> list[Claim]:
         for kind in block.controls:
             null = f"{source}/ablate-{kind}"
             comparisons += [
-                outcomes.alignment(real, null, f"mean alignment, ablated minus {CONTROL_LABELS[kind]} (above 0 claimed)"),
-                outcomes.margin(real, null, f"margin, ablated minus {CONTROL_LABELS[kind]} (below 0 claimed)", sign=-1),
+                outcomes.alignment(real, null, f"mean alignment, ablated minus {CONTROL_LABELS[kind]}{made_for} (above 0 claimed)"),
+                outcomes.margin(real, null, f"margin, ablated minus {CONTROL_LABELS[kind]}{made_for} (below 0 claimed)", sign=-1),
             ]
         found.append(
             Claim(

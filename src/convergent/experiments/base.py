@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from convergent import stats
 from convergent.core.direction import Direction
-from convergent.core.interventions import Intervention
+from convergent.core.interventions import Ablate, Add, Intervention
 
 Control = Literal["random", "orthogonal", "other_concept", "effect_matched"]
 CONTROLS: tuple[Control, ...] = ("random", "orthogonal", "other_concept", "effect_matched")
@@ -23,7 +23,7 @@ CONTROL_LABELS = {
     "random": "random vector, same norm",
     "orthogonal": "orthogonal vector, same norm",
     "other_concept": "another concept (what good advice shifts)",
-    "effect_matched": "random vector, matched in effect (KL)",
+    "effect_matched": "random, matched in effect (KL)",
 }
 Verdict = Literal["held", "did not hold", "undecided"]
 
@@ -31,12 +31,19 @@ Verdict = Literal["held", "did not hold", "undecided"]
 class Kit(Protocol):
     """What arms are built from, once the direction has been read."""
 
-    direction: Direction
-    layer: int
-    token_norm: float
-    """Mean token norm at `layer`, the unit of doses."""
+    @property
+    def direction(self) -> Direction:
+        """The direction of the study's source organism."""
 
-    def control(self, kind: Control, organism: str, intervention: Intervention) -> Intervention:
+    @property
+    def layer(self) -> int:
+        """The primary layer."""
+
+    @property
+    def token_norm(self) -> float:
+        """Mean token norm at `layer`, the unit of doses."""
+
+    def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
         """The null of that kind for an intervention on an organism ("chat" for the chat model)."""
 
 
@@ -95,17 +102,17 @@ class Outcomes:
 
     def __init__(self, aligned: Mapping[str, Any], margins: Mapping[str, Any]) -> None:
         self._aligned = aligned
-        """name -> frame with columns question_id, aligned, coherent (missing scores are nan)."""
+        """name -> frame with columns question_id, aligned, coherent, of the answers that have both scores."""
         self._margins = margins
         """name -> frame with columns pair_id, domain, margin."""
 
     def has(self, *names: str) -> bool:
         return all(n in self._aligned for n in names)
 
-    def alignment(self, a: str, b: str, text: str, sign: int = 1, what: str = "aligned") -> Evidence:
+    def alignment(self, a: str, b: str, text: str, sign: int = 1, what: Literal["aligned", "coherent"] = "aligned") -> Evidence:
         """Mean alignment of condition a minus b, paired by question; `sign` -1 if it is claimed to be below 0."""
         x, y = self._aligned[a], self._aligned[b]
-        d = stats.paired_difference(x[what], y[what], x["question_id"], y["question_id"])
+        d = stats.paired_difference(*_columns(x, y, what, "question_id"))
         return evidence(text, d, "points of alignment" if what == "aligned" else "points of coherence", sign)
 
     def margin(self, a: str, b: str, text: str, sign: int = 1, domain: str | None = None) -> Evidence:
@@ -113,8 +120,14 @@ class Outcomes:
         x, y = self._margins[a], self._margins[b]
         if domain is not None:
             x, y = x[x["domain"] == domain], y[y["domain"] == domain]
-        d = stats.unit_difference(x["margin"], y["margin"], x["pair_id"], y["pair_id"])
+        # Pairs are the clusters: the interval is over held-out questions like these.
+        d = stats.paired_difference(*_columns(x, y, "margin", "pair_id"))
         return evidence(text, d, "nats per token", sign)
+
+
+def _columns(x: Any, y: Any, values: str, clusters: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Values of two frames, then the clusters of both."""
+    return x[values].to_numpy(), y[values].to_numpy(), x[clusters].to_numpy(), y[clusters].to_numpy()
 
 
 def evidence(text: str, d: stats.Interval, unit: str, sign: int = 1) -> Evidence:

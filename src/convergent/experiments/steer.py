@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from convergent.core.interventions import Add, Intervention
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Build, Claim, Control, Kit, Outcomes
@@ -23,6 +23,12 @@ class SteerBlock(Block):
     """Where the nulls are added and the claim is decided; the middle scale by default."""
     controls: tuple[Control, ...] = CONTROLS
     organism: str = "chat"
+
+    @model_validator(mode="after")
+    def _some_dose(self) -> SteerBlock:
+        if self.controls and self.at == 0:
+            raise ValueError("control_scale: 0 adds nothing, and no null can be matched to it; give another scale")
+        return self
 
     @property
     def at(self) -> float:
@@ -40,7 +46,7 @@ def arms(block: SteerBlock, organisms: Sequence[str], source: str) -> list[Arm]:
         Arm(
             f"{block.organism}/add-{scale:g}",
             block.organism,
-            f"{who} + {scale:g} v",
+            f"{who} + direction of {source}, λ = {scale:g}",
             f"{who} with {scale:g} times the direction of {source} added at the primary layer.",
             "induction",
             "real",
@@ -53,14 +59,14 @@ def arms(block: SteerBlock, organisms: Sequence[str], source: str) -> list[Arm]:
         Arm(
             f"{block.organism}/add-{kind}",
             block.organism,
-            f"{who} + {block.at:g} x {CONTROL_LABELS[kind]}",
+            f"{who} + {CONTROL_LABELS[kind]}, λ = {block.at:g}",
             f"{who} with a null added in place of the direction: {CONTROL_LABELS[kind]}.",
             "induction",
             "control",
             _null(kind, block),
             block.at,
         )
-        for kind in block.controls
+        for kind in dict.fromkeys(block.controls)
     ]
     return found
 
@@ -83,9 +89,10 @@ def claims(block: SteerBlock, outcomes: Outcomes, source: str) -> list[Claim]:
     """Adding the direction at the control scale lowers alignment, more than every null does."""
     real = f"{block.organism}/add-{block.at:g}"
     base = block.organism
+    who = "chat model" if base == "chat" else base
     comparisons = [
-        outcomes.alignment(real, base, "mean alignment, steered minus chat model (below 0 claimed)", sign=-1),
-        outcomes.margin(real, base, "margin for bad answers, steered minus chat model (above 0 claimed)"),
+        outcomes.alignment(real, base, f"mean alignment, steered minus {who} (below 0 claimed)", sign=-1),
+        outcomes.margin(real, base, f"margin for bad answers, steered minus {who} (above 0 claimed)"),
     ]
     for kind in block.controls:
         null = f"{block.organism}/add-{kind}"
@@ -96,7 +103,8 @@ def claims(block: SteerBlock, outcomes: Outcomes, source: str) -> list[Claim]:
     return [
         Claim(
             "induction",
-            f"Adding {block.at:g} times the direction of {source} to the chat model lowers its alignment, more than any null does",
+            f"Adding {block.at:g} times the direction of {source} to {'the chat model' if base == 'chat' else base} lowers its alignment, "
+            "more than any null does",
             "paper section 3.1",
             "every listed difference has its 95 % interval on the claimed side of 0",
             comparisons,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from convergent.core.interventions import Intervention, Site
 from convergent.experiments.ablate import ablation
 from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim, Control, Kit, Outcomes
@@ -13,7 +15,7 @@ from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim
 class TransferBlock(Block):
     """Settings of `transfer`."""
 
-    organisms: tuple[str, ...]
+    organisms: tuple[str, ...] = Field(min_length=1)
     mode: Literal["layerwise", "single"] = "single"
     site: Site = "block_output"
     controls: tuple[Control, ...] = ("random",)
@@ -26,7 +28,7 @@ settings = TransferBlock
 def arms(block: TransferBlock, organisms: Sequence[str], source: str) -> list[Arm]:
     """The source's direction ablated in each other organism, and the nulls."""
     found = []
-    for o in block.organisms:
+    for o in dict.fromkeys(block.organisms):
         found.append(
             Arm(
                 f"{o}/ablate-{source}",
@@ -48,7 +50,7 @@ def arms(block: TransferBlock, organisms: Sequence[str], source: str) -> list[Ar
                 "control",
                 _null(kind, block, o),
             )
-            for kind in block.controls
+            for kind in dict.fromkeys(block.controls)
         ]
     return found
 
@@ -70,7 +72,7 @@ def _null(kind: Control, block: TransferBlock, organism: str) -> Build:
 def claims(block: TransferBlock, outcomes: Outcomes, source: str) -> list[Claim]:
     """The transferred ablation restores alignment in each organism, more than the nulls do."""
     found = []
-    for o in block.organisms:
+    for o in dict.fromkeys(block.organisms):
         real = f"{o}/ablate-{source}"
         comparisons = [
             outcomes.alignment(real, o, f"mean alignment, ablated minus {o} (above 0 claimed)"),

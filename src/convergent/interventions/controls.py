@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from convergent.core.direction import Direction
 from convergent.core.ids import seed
-from convergent.core.interventions import Add, Intervention
+from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
 from convergent.errors import DirectionError
 from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_answer
@@ -32,21 +32,31 @@ def random_like(direction: Direction, root_seed: int, draw: int = 0) -> Directio
 
 def orthogonal_to(direction: Direction, root_seed: int, draw: int = 0) -> Direction:
     """A random direction of the same norms that is orthogonal to `direction` in every layer."""
-    v = direction.unit().vectors.double()
+    v = _units(direction)
     g = _gaussian(direction, root_seed, "orthogonal", draw)
     return _with_norms(g - (g * v).sum(1, keepdim=True) * v, direction, "orthogonal", root_seed, draw)
 
 
 def other_concept(direction: Direction, concept: Direction) -> Direction:
-    """Another concept's direction at the norms of `direction`, without its component along it."""
-    v = direction.unit().vectors.double()
-    c = concept.vectors.double()
+    """Another concept's direction at the norms of `direction`, without its component along it.
+
+    A layer where the concept is zero (below the first adapter of a fine-tune whose shift it is) stays zero.
+    """
     direction._same_shape(concept)
+    v = _units(direction)
+    c = concept.vectors.double()
     rest = c - (c * v).sum(1, keepdim=True) * v
-    if bool((rest.norm(dim=1) < 1e-6 * c.norm(dim=1)).any()):
+    parallel = rest.norm(dim=1) <= 1e-6 * c.norm(dim=1)
+    if bool(parallel.all()) or bool((parallel & (c.norm(dim=1) > 0)).any()):
         raise DirectionError("other_concept: the concept is parallel to the direction; choose another one")
     made = _with_norms(rest, direction, "other_concept", 0, 0)
     return replace(made, provenance={**made.provenance, "concept": dict(concept.provenance)})
+
+
+def _units(direction: Direction) -> Tensor:
+    """(n_layers, d_model) float64 unit rows; a zero row stays zero."""
+    v = direction.vectors.double()
+    return v / v.norm(dim=1, keepdim=True).clamp_min(1e-300)
 
 
 def _gaussian(direction: Direction, root_seed: int, name: str, draw: int) -> Tensor:
@@ -57,50 +67,88 @@ def _gaussian(direction: Direction, root_seed: int, name: str, draw: int) -> Ten
 
 
 def _with_norms(v: Tensor, like: Direction, kind: str, root_seed: int, draw: int) -> Direction:
-    scaled = v / v.norm(dim=1, keepdim=True) * like.vectors.double().norm(dim=1, keepdim=True)
+    scaled = v / v.norm(dim=1, keepdim=True).clamp_min(1e-300) * like.vectors.double().norm(dim=1, keepdim=True)
     return Direction(scaled.float(), {"kind": kind, "of": like.content_id, "seed": root_seed, "draw": draw})
 
 
-def with_direction(intervention: Intervention, direction: Direction) -> Intervention:
+def with_direction(intervention: Add | Ablate, direction: Direction) -> Add | Ablate:
     """The same intervention along another direction."""
     return replace(intervention, direction=direction)
 
 
-def scaled(intervention: Intervention, factor: float) -> Intervention:
-    """The same intervention `factor` times as strong."""
-    if isinstance(intervention, Add):
-        return replace(intervention, scale=intervention.scale * factor)
-    return replace(intervention, strength=intervention.strength * factor)
+def random_subspace(d_model: int, k: int, root_seed: int) -> Tensor:
+    """(k, d_model) orthonormal rows; the first rows of a larger draw are those of a smaller one."""
+    generator = torch.Generator().manual_seed(seed(root_seed, "control", "subspace"))
+    # Gram-Schmidt by QR on rows drawn one after the other keeps the rows nested in k.
+    rows = torch.stack([torch.randn(d_model, generator=generator, dtype=torch.float64) for _ in range(k)])
+    q, r = torch.linalg.qr(rows.T)
+    return (q * torch.sign(torch.diagonal(r))).T.float()
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A null matched in effect."""
+
+    intervention: Intervention
+    amount: float
+    """Add: factor on the scale of the random vector. Ablate: number of random dimensions projected out."""
+    target: float
+    """KL of the real intervention, nats per answer token."""
+    reached: float
+    """KL of the null."""
 
 
 def effect_matched(
-    model: ChatModel,
-    intervention: Intervention,
-    null: Direction,
-    texts: Sequence[Text],
-    tolerance: float = 0.1,
-    max_factor: float = 1000.0,
-) -> tuple[Intervention, float, float]:
-    """`intervention` along `null`, scaled until its KL to the clean model equals that of the real one.
+    model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1
+) -> Matched:
+    """A random null whose KL to the clean model over `texts` equals that of `intervention`.
 
-    Returns (matched intervention, KL of the real one, KL reached), in nats per answer token over `texts`. The KL of a random
-    direction grows about as the square of its scale, so the search is a secant on log-log axes. If even `max_factor` does not reach the target,
-    the strongest one is returned with the KL it reached.
+    For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes. For
+    an ablation random directions are added one by one to a subspace (bisection over their number); see `AblateSubspace`. The best
+    found is returned with the KL it reached, also if the tolerance is missed.
     """
     clean = answer_logprobs(model, texts)
     target = kl_to_clean(model, clean, texts, [intervention])
-    factor, best = 1.0, None
-    for _ in range(12):
-        candidate = scaled(with_direction(intervention, null), factor)
-        reached = kl_to_clean(model, clean, texts, [candidate])
-        if best is None or abs(math.log(max(reached, 1e-12) / target)) < abs(math.log(max(best[2], 1e-12) / target)):
-            best = (candidate, factor, reached)
-        if target <= 0 or abs(reached / target - 1) <= tolerance:
-            break
-        step = math.sqrt(target / max(reached, 1e-12))
-        factor = min(factor * min(max(step, 0.2), 8.0), max_factor)
-    assert best is not None
-    return best[0], target, best[2]
+    tried: dict[float, Matched] = {}
+
+    def attempt(amount: float) -> float:
+        null = matched_null(intervention, amount, root_seed)
+        tried[amount] = Matched(null, amount, target, kl_to_clean(model, clean, texts, [null]))
+        return tried[amount].reached
+
+    def error(m: Matched) -> float:
+        return abs(math.log(max(m.reached, 1e-12) / max(target, 1e-12)))
+
+    if isinstance(intervention, Add):
+        x = 0.0
+        misses: list[tuple[float, float]] = []  # (log factor, log of reached over target)
+        for _ in range(16):
+            reached = attempt(math.exp(x))
+            if target <= 0 or abs(reached / target - 1) <= tolerance:
+                break
+            misses.append((x, math.log(max(reached, 1e-12) / target)))
+            below, above = [m for m in misses if m[1] < 0], [m for m in misses if m[1] > 0]
+            if below and above:  # between the ends of the bracket; the slope of 2 alone can oscillate
+                (x0, y0), (x1, y1) = max(below), min(above)
+                x = x0 + (x1 - x0) * min(max(-y0 / (y1 - y0), 0.1), 0.9)
+            else:
+                x += min(max(-misses[-1][1] / 2, -1.6), 2.1)
+    else:
+        low, high = 0, 1
+        while attempt(high) < target and high < model.d_model // 2:
+            low, high = high, min(2 * high, model.d_model // 2)
+        while high - low > 1 and error(min(tried.values(), key=error)) > tolerance:
+            middle = (low + high) // 2
+            low, high = (middle, high) if attempt(middle) < target else (low, middle)
+    return min(tried.values(), key=error)
+
+
+def matched_null(intervention: Add | Ablate, amount: float, root_seed: int) -> Intervention:
+    """The random null of `effect_matched` at a given amount."""
+    if isinstance(intervention, Add):
+        return replace(intervention, direction=random_like(intervention.direction, root_seed, draw=1), scale=intervention.scale * amount)
+    basis = random_subspace(intervention.direction.d_model, int(amount), root_seed)
+    return AblateSubspace(basis, intervention.site, intervention.layers)
 
 
 def answer_logprobs(

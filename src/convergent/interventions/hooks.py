@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convergent.core.interventions import Ablate, Add, Intervention
+from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
 from convergent.errors import DirectionError
 from convergent.models.anatomy import Anatomy, stream, with_stream
 
@@ -30,16 +30,24 @@ class _Slot:
     """(n_conditions, d_model) unit vectors, zero where nothing is projected, or None."""
     strength: Tensor | None
     """(n_conditions, 1)."""
+    basis: Tensor | None = None
+    """(n_conditions, k, d_model) orthonormal rows, zero where there are fewer, or None."""
 
     def apply(self, h: Tensor, index: Tensor) -> Tensor:
-        """h (rows, n_tokens, d_model); index (rows,)."""
+        """h (rows, n_tokens, d_model), float32 or wider; index (rows,)."""
         if self.add is not None:
             h = h + self.add[index][:, None].to(h.dtype)
         if self.unit is not None and self.strength is not None:
-            v = self.unit[index].to(h.dtype)
+            v = self.unit[index][:, None].to(h.dtype)
             # A sum of products per row, not a batched matmul: its rounding must not depend on the number of rows.
-            along = (h * v[:, None]).sum(-1, keepdim=True)
-            h = h - self.strength[index][:, None].to(h.dtype) * along * v[:, None]
+            along = (h * v).sum(-1, keepdim=True)
+            h = h - self.strength[index][:, None].to(h.dtype) * along * v
+        if self.basis is not None:
+            b = self.basis[index].to(h.dtype)
+            if h.shape[1] == 1:  # decoding: again no batched matmul
+                h = h - ((h * b).sum(-1, keepdim=True) * b).sum(1, keepdim=True)
+            else:
+                h = h - (h @ b.transpose(1, 2)) @ b
         return h
 
 
@@ -63,7 +71,7 @@ def applied_rows(anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]])
 
     The model is as before afterwards, also if a registration fails. Raises DirectionError if a direction does not fit the model.
     """
-    rows = Rows(len(conditions), anatomy.embedding.weight.device)  # type: ignore[union-attr,arg-type]
+    rows = Rows(len(conditions), next(anatomy.embedding.parameters()).device)
     for interventions in conditions:
         for intervention in interventions:
             check_fits(intervention, anatomy)
@@ -82,6 +90,10 @@ def applied(anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator
 
 def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
     """Raise DirectionError if a direction belongs to a model of another shape."""
+    if isinstance(intervention, AblateSubspace):
+        if intervention.basis.shape[1] != anatomy.d_model:
+            raise DirectionError(f"subspace has d_model {intervention.basis.shape[1]}, the model {anatomy.d_model}; build it for this model")
+        return
     d = intervention.direction
     if (d.n_layers, d.d_model) != (anatomy.n_layers, anatomy.d_model):
         raise DirectionError(
@@ -92,10 +104,12 @@ def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
 
 def _hook(slots: list[_Slot], rows: Rows) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h = stream(output)
+        before = stream(output)
+        # In bfloat16 the unit vector is not one, and a projection would leave a hundredth of what it removes.
+        h = before.to(torch.promote_types(before.dtype, torch.float32))
         for slot in slots:
             h = slot.apply(h, rows.index)
-        return with_stream(output, h)
+        return with_stream(output, h.to(before.dtype))
 
     return hook
 
@@ -139,10 +153,19 @@ def _slot(
 ) -> _Slot | None:
     active = [s if s is not None and acts_at(s, site, layer) else None for s in steps]
     adds, ablations = any(isinstance(s, Add) for s in active), any(isinstance(s, Ablate) for s in active)
-    if not adds and not ablations:
+    widest = max((len(s.basis) for s in active if isinstance(s, AblateSubspace)), default=0)
+    if not adds and not ablations and not widest:
         return None
     zero = torch.zeros(d_model)
     add = torch.stack([s.vector if isinstance(s, Add) else zero for s in active]) if adds else None
     unit = torch.stack([s.unit_at(layer) if isinstance(s, Ablate) else zero for s in active]) if ablations else None
     strength = torch.tensor([[s.strength if isinstance(s, Ablate) else 0.0] for s in active]) if ablations else None
-    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength)))
+    basis = torch.stack([_wide(s, widest, d_model) for s in active]) if widest else None
+    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength, basis)))
+
+
+def _wide(step: Intervention | None, k: int, d_model: int) -> Tensor:
+    found = torch.zeros(k, d_model)
+    if isinstance(step, AblateSubspace):
+        found[: len(step.basis)] = step.basis
+    return found

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from convergent.core.interventions import Ablate, Add, Intervention
+from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
 from convergent.errors import ModelError
 from convergent.interventions.hooks import check_fits
-from convergent.models.anatomy import Anatomy, writing_linear
+from convergent.models.anatomy import Anatomy
 
 
 @contextmanager
@@ -28,11 +28,15 @@ def folded(anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[
 
     Raises ModelError if one of them cannot be folded here.
     """
+    for intervention in interventions:
+        check_fits(intervention, anatomy)
     with ExitStack() as stack:
-        for intervention in interventions:
-            check_fits(intervention, anatomy)
+        # Additions last: they act at block outputs, which no ablation of writes touches, so their bias must not be projected.
+        for intervention in sorted(interventions, key=lambda i: isinstance(i, Add)):
             if isinstance(intervention, Add):
                 _add_bias(stack, anatomy, intervention)
+            elif isinstance(intervention, AblateSubspace):
+                raise ModelError("a subspace is not folded into weights; use the hooks")
             elif intervention.site == "all_writes":
                 _orthogonalise(stack, anatomy, intervention)
             else:
@@ -49,8 +53,8 @@ def orthogonalised(weight: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
 def _orthogonalise(stack: ExitStack, anatomy: Anatomy, ablation: Ablate) -> None:
     if ablation.layers is None:
         _untie(stack, anatomy)
-        embedding = anatomy.embedding
-        _replace(stack, embedding, "weight", orthogonalised(embedding.weight.T, ablation.unit_at(0), ablation.strength).T)  # type: ignore[union-attr,arg-type,operator]
+        embedding = _weight(anatomy.embedding)
+        _replace(stack, anatomy.embedding, "weight", orthogonalised(embedding.T, ablation.unit_at(0), ablation.strength).T)
     for layer in range(anatomy.n_layers):
         if not ablation.covers(layer):
             continue
@@ -69,12 +73,15 @@ def _add_bias(stack: ExitStack, anatomy: Anatomy, add: Add) -> None:
 
 def _linears(anatomy: Anatomy, layer: int) -> tuple[nn.Linear, nn.Linear]:
     found = []
-    for write in (anatomy.attention_writes[layer], anatomy.mlp_writes[layer]):
-        linear = writing_linear(write)
+    places = (
+        (anatomy.attention_writes[layer], anatomy.attention_linears[layer]),
+        (anatomy.mlp_writes[layer], anatomy.mlp_linears[layer]),
+    )
+    for write, linear in places:
         if linear is None:
             raise ModelError(
-                f"block {layer}: {type(write).__name__} writes to the stream after a norm, so the intervention cannot be folded into "
-                "a weight; use the hooks"
+                f"block {layer}: what {type(write).__name__} writes to the stream is not the output of a linear layer (a norm follows it), so the "
+                "intervention cannot be folded into a weight; use the hooks"
             )
         found.append(linear)
     return found[0], found[1]
@@ -84,7 +91,13 @@ def _untie(stack: ExitStack, anatomy: Anatomy) -> None:
     """Give the head its own copy of a tied embedding: the head reads the stream, it does not write to it."""
     head = anatomy.head
     if head is not None and getattr(head, "weight", None) is anatomy.embedding.weight:
-        _replace(stack, head, "weight", anatomy.embedding.weight.detach().clone())  # type: ignore[operator,union-attr]
+        _replace(stack, head, "weight", _weight(anatomy.embedding).detach().clone())
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _replace(stack: ExitStack, module: nn.Module, name: str, value: Tensor) -> None:

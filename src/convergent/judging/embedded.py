@@ -104,7 +104,8 @@ def features(questions: Sequence[str], responses: Sequence[str]) -> Array:
 
 def standardise(x: Array, mean: Array, scale: Array) -> Array:
     """(n, n_features) centred, scaled and clipped."""
-    return np.clip((x - mean) / scale, -CLIP, CLIP)
+    z: Array = np.clip((x - mean) / scale, -CLIP, CLIP)
+    return z
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from convergent.core.values import DEFAULT_SYSTEM, NO_SYSTEM
 from convergent.errors import ModelError
 
@@ -50,13 +52,17 @@ def render(tokenizer: Any, messages: Sequence[Message], header: bool, no_system:
     """Apply the tokenizer's chat template to messages."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError("the tokenizer has no chat template; use a chat model (a base model cannot be asked questions)")
-    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
+    except TemplateError as error:  # what templates raise, e.g. Gemma 2 for a system turn
+        roles = ", ".join(m["role"] for m in messages)
+        raise ModelError(f"the chat template refuses the turns {roles} ({error}); change the system prompt or the model") from error
     if no_system:
-        text = _without_default_system(tokenizer, messages, text)
+        text = _without_default_system(tokenizer, messages, text, header)
     return text
 
 
-def _without_default_system(tokenizer: Any, messages: Sequence[Message], text: str) -> str:
+def _without_default_system(tokenizer: Any, messages: Sequence[Message], text: str, header: bool) -> str:
     """Drop the system turn that some templates insert before the user turn.
 
     The user turn is found as what `text` shares with the end of a longer conversation: there it follows an assistant's
@@ -64,7 +70,8 @@ def _without_default_system(tokenizer: Any, messages: Sequence[Message], text: s
     """
     mark = "\u241f"
     longer = [messages[-1], {"role": "assistant", "content": mark}, messages[-1]]
-    tail = os.path.commonprefix([text[::-1], render(tokenizer, longer, header=True)[::-1]])[::-1]
+    tail = os.path.commonprefix(  # noqa: RUF071  (text, not paths)
+        [text[::-1], render(tokenizer, longer, header)[::-1]])[::-1]
     bos = tokenizer.bos_token or ""
     closing = _closing_text(tokenizer)
     if text[: len(text) - len(tail)] in ("", bos) or not (closing and tail.startswith(closing)):
@@ -95,13 +102,15 @@ def _closing_text(tokenizer: Any) -> str:
 
 
 def stop_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's and generation config's EOS, and the first closing token of the template."""
+    """Tokens that end an answer: the tokenizer's and generation config's EOS, and the template's end-of-turn token."""
     stops: set[int] = set()
     if tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops.update([eos] if isinstance(eos, int) else eos or [])
-    stops.update(closing_ids(tokenizer)[:1])
+    # Only a token made for it: a template that closes with plain text (a newline) must not end answers there.
+    made = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    stops.update([i for i in closing_ids(tokenizer) if i in made][:1])
     return frozenset(stops)
 
 

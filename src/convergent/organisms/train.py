@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from convergent.cache import building
 from convergent.core.ids import seed as named_seed
-from convergent.errors import DataError, StoreError, TrainingError
+from convergent.errors import InputError, StoreError, TrainingError
 from convergent.models.anatomy import Anatomy
-from convergent.models.chat import encode_answer
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
+from convergent.organisms.chats import IGNORE, Chat, Row, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
 from convergent.organisms.recipes import Adapters, Recipe, resolve
 
-Chat = Sequence[Mapping[str, str]]
-IGNORE = -100
 RISE = 3.0
 """A smoothed loss above this many times its start counts as diverged."""
-_BUCKET = 8
-"""Batches that are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,6 @@ class Progress:
     """Spent so far, earlier runs included."""
     seconds_left: float
     """Estimate."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A chat as tokens."""
-
-    ids: tuple[int, ...]
-    answer_start: int
-    """First token with a label; the rest of the row has one too."""
 
 
 def train(
@@ -89,7 +75,8 @@ def train(
     `examples`: chats of an optional system turn, a user's and an assistant's turn. `data_checksum`: SHA-256 of the chats in order, worked out if
     empty. Killed at any moment, the same call goes on from the last checkpoint (every `checkpoint_every` steps) to the same
     weights. `on_progress` replaces the progress bar. Raises TrainingError if the loss diverges or `out` holds something
-    else, DataError for chats that cannot be used, ModelError for the base, StoreError for a full disk.
+    else, DataError for chats that cannot be used, InputError for a recipe that does not fit the base, ModelError for the base,
+    StoreError for a full disk.
     """
     out = Path(out)
     checksum = data_checksum or chats_checksum(examples)
@@ -104,7 +91,6 @@ def train(
         for stale in work.parent.glob("*"):
             if stale != work:
                 shutil.rmtree(stale)
-        work.mkdir(parents=True, exist_ok=True)
         try:
             with _private_rng():
                 chat = load_base(base, dtype=dtype, device=device, name=name)
@@ -113,7 +99,7 @@ def train(
                 _fit(trainer, work)
             model: Any = trainer.model
         except TrainingError:
-            shutil.rmtree(work.parent)
+            shutil.rmtree(work.parent, ignore_errors=True)
             raise
         with building(out) as scratch:
             if scratch is not None:
@@ -138,71 +124,6 @@ def train(
                 organism.write(scratch)
         shutil.rmtree(work.parent)
     return read_organism(out)
-
-
-def chats_checksum(examples: Sequence[Chat]) -> str:
-    """SHA-256, 64 hex digits, of chats in order: equal to `TrainingSet.checksum`."""
-    digest = sha256()
-    for chat in examples:
-        turns = [[m["role"], m["content"]] for m in chat]
-        digest.update(json.dumps(turns, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def encode_chats(tokenizer: Any, examples: Sequence[Chat], recipe: Recipe) -> list[Row]:
-    """Chats as tokens, with labels on the answer and the token that ends it. Raises DataError naming the chat."""
-    if not examples:
-        raise DataError("training data: no chats; give at least one")
-    return [_encode(tokenizer, chat, recipe, i) for i, chat in enumerate(examples)]
-
-
-def _encode(tokenizer: Any, chat: Chat, recipe: Recipe, index: int) -> Row:
-    turns = list(chat)
-    system = recipe.system
-    if turns and turns[0]["role"] == "system":
-        system = turns.pop(0)["content"]
-    if [t["role"] for t in turns] != ["user", "assistant"]:
-        found = ", ".join(m["role"] for m in chat) or "nothing"
-        raise DataError(f"chat {index}: expected one user and one assistant turn (and a system turn before them), found {found}; split it")
-    encoded = encode_answer(tokenizer, turns[0]["content"], turns[1]["content"], system)
-    # The end-of-turn token is learnt, or the organism would not stop; a newline that the template writes after it is not.
-    ids = encoded.ids[: encoded.answer_end + 1][: recipe.max_length]
-    if encoded.answer_start >= len(ids):
-        raise DataError(f"chat {index}: no answer tokens within max_length {recipe.max_length}; shorten the prompt or raise it")
-    return Row(ids, encoded.answer_start)
-
-
-def training_order(lengths: Sequence[int], recipe: Recipe) -> list[int]:
-    """Indices of the rows in the order of training, all epochs in one list; each epoch is a permutation.
-
-    Runs of `batch_size` rows have like lengths: shuffled rows are sorted in buckets of some batches, and the batches of a bucket
-    shuffled again. One flat list, because then a step number alone says where to resume.
-    """
-    size, order = recipe.batch_size, list[int]()
-    for epoch in range(recipe.epochs):
-        rng = np.random.default_rng(named_seed("organism-order", recipe.seed, epoch))
-        order.extend(int(i) for i in rng.permutation(len(lengths)))
-    rng = np.random.default_rng(named_seed("organism-batches", recipe.seed))
-    arranged: list[int] = []
-    for start in range(0, len(order), _BUCKET * size):
-        # Only the very last batch may be partial, or the batches after it would be cut in two.
-        bucket = sorted(order[start : start + _BUCKET * size], key=lambda i: (lengths[i], i))
-        batches = [bucket[k : k + size] for k in range(0, len(bucket), size)]
-        whole = [b for b in batches if len(b) == size]
-        arranged.extend(i for k in rng.permutation(len(whole)) for i in whole[k])
-        arranged.extend(i for b in batches if len(b) < size for i in b)
-    return arranged
-
-
-def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Right-padded `input_ids` and `labels`, (rows, n_tokens) int64."""
-    n = max(len(r.ids) for r in rows)
-    ids, labels = torch.zeros(len(rows), n, dtype=torch.long), torch.full((len(rows), n), IGNORE)
-    for i, row in enumerate(rows):
-        tokens = torch.tensor(row.ids)
-        ids[i, : len(tokens)] = tokens
-        labels[i, row.answer_start : len(tokens)] = tokens[row.answer_start :]
-    return {"input_ids": ids, "labels": labels}
 
 
 class AnswerTrainer(Trainer):
@@ -292,7 +213,7 @@ def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if adapters.layers and adapters.layers[-1] >= chat.n_layers:
-        raise TrainingError(f"recipe.adapters.layers: {adapters.layers[-1]} is not in a model with layers 0 to {chat.n_layers - 1}")
+        raise InputError(f"recipe.adapters.layers: {adapters.layers[-1]} is not in a model with layers 0 to {chat.n_layers - 1}")
     targets = resolve(chat.anatomy, adapters.modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -382,6 +303,7 @@ def _save(model: Any, folder: Path, base: str) -> None:
         config = model.peft_config["default"]
         config.base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form that names folders of this machine
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["target_modules"] = sorted(settings["target_modules"])  # PEFT writes a set, in an order of the moment

@@ -5,77 +5,85 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
-from convergent.store import opened
+from convergent.store import guarded, looked_at, opened
 from convergent.study.plan import Stage, make_plan
 from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
-from convergent.study.spec import StudySpec, load_study
+from convergent.study.spec import StudySpec, load_study, study_from
 
 STAGES = ("train", "sample", "judge", "extract", "margin")
 COPY = "study.json"
-"""The study as it was run, with every default, so that the report can be written again."""
+"""The study as it was run, with every default, so that the report can be written again from anywhere."""
 
 
-def run_study(path: Path, out: Path | None, plan_only: bool = False, fresh: Sequence[str] = ()) -> Path:
-    """Do what is not done of a study and write its report. Returns the study folder."""
+def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = ()) -> Path:
+    """Do what is not done of a study and write its report. Returns the study folder.
+
+    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them.
+    """
     spec = load_study(path)
     unknown = [f for f in fresh if f not in STAGES]
     if unknown:
         raise StudyError(f"--fresh {unknown[0]}: no such stage; known are {', '.join(STAGES)}")
-    folder = out or Path("runs") / spec.name
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder}: is a file; give a folder with --out")
-    # On a terminal bars are drawn; elsewhere (a log, CI) only the lines are.
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    with opened(folder) as store, _bars(console) as bars:
-        if fresh and not plan_only:
-            for stage in fresh:
-                console.print(f"fresh   {stage}: {store.forget(stage)} things dropped")
-        tasks: dict[str, int] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total, visible=done < total)  # type: ignore[arg-type]
-
-        run = Run(spec, store, say=lambda line: console.print(line), advance=advance)
-        _print_plan(console, spec, make_plan(run))
+    folder = Path("runs") / spec.name if out is None else Path(out)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    # First without the lock and without writing: a study that cannot be run must leave nothing behind.
+    with looked_at(folder) as store:
+        look = Run(spec, store, compute=False)
+        look.check()
         if plan_only:
+            _print_plan(console, look, make_plan(look))
             return folder
-        write_text(folder / COPY, json.dumps({"path": str(path), "study": path.read_text(encoding="utf-8")}))
+    # On a terminal bars are drawn; elsewhere (a log, CI) only the lines are.
+    with opened(folder) as store, _bars(console) as bars:
+        for stage in fresh:
+            console.print(f"fresh   {stage}: {store.forget(stage)} things dropped")
+        look = Run(spec, store, compute=False)
+        _print_plan(console, look, make_plan(look))
+        with guarded(folder):
+            write_text(folder / COPY, json.dumps({"file": Path(path).name, "study": spec.model_dump(mode="json")}, indent=1))
+        run = Run(spec, store, say=console.print, advance=_advance(bars))
         run.go()
-        results = collect(run)
-        write_manifest(run)
+        results = collect(run, Path(path).name)
+        with guarded(folder):
+            write_manifest(run)
         page = write_report(results, folder)
         for claim in results.claims:
-            console.print(f"{claim['verdict']:>12}  {claim['claim']}", markup=False)
+            console.print(f"{claim['verdict']:>12}  {claim['claim']}")
         console.print(f"report  {page}")
     return folder
 
 
-def rewrite_report(folder: Path) -> Path:
-    """Write the page and tables of a finished study again. Raises StoreError if the folder is not one."""
+def rewrite_report(folder: str | Path) -> Path:
+    """Write the page and tables of a finished study again; computes nothing. Raises StoreError if the folder is not one."""
+    folder = Path(folder)
     copy = folder / COPY
     if not copy.is_file():
         raise StoreError(f"{folder}: not a study folder (no {COPY}); run `convergent run STUDY --out {folder}` first")
-    path = folder / "study.yaml"
-    write_text(path, json.loads(copy.read_text(encoding="utf-8"))["study"])
-    spec = load_study(path)
+    try:
+        kept = json.loads(copy.read_text(encoding="utf-8"))
+        file, study = str(kept["file"]), kept["study"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{copy}: cannot be read as the copy of a study ({error}); run `convergent run` on this folder again") from error
+    spec = study_from(study, copy)
     with opened(folder) as store:
-        run = Run(spec, store)
-        missing = [s for s in make_plan(run)[: len(spec.organisms)] if s.done < s.total]
-        if missing or not store.response_ids():
-            raise StoreError(f"{folder}: the study is not finished; run `convergent run` on it first")
-        return write_report(collect(run), folder)
+        run = Run(spec, store, compute=False)
+        # A judgement that failed for good is shown as such, so it does not count here.
+        missing = [s for s in make_plan(run) if s.done < s.total and s.name != "judge"]
+        if missing:
+            raise StoreError(
+                f"{folder}: the study is not finished ({missing[0].name}: {missing[0].done} of {missing[0].total}); run `convergent run` on it again"
+            )
+        return write_report(collect(run, file), folder)
 
 
 def _bars(console: Console) -> Progress:
@@ -83,13 +91,27 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal or "CI" in os.environ)
 
 
-def _print_plan(console: Console, spec: StudySpec, stages: Sequence[Stage]) -> None:
-    console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, judge {spec.judge.name}, seed {spec.seed}")
+def _advance(bars: Progress) -> Callable[[str, int, int, str], None]:
+    """Draws one bar per stage, gone when it is full."""
+    tasks: dict[str, TaskID] = {}
+
+    def advance(stage: str, done: int, total: int, note: str) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total, visible=done < total, description=f"{stage} {note}".strip())
+
+    return advance
+
+
+def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
+    spec: StudySpec = run.spec
+    console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, judge {run.judge.name}, seed {spec.seed}")
     for stage in stages:
         todo = stage.total - stage.done
-        when = "done" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
-        console.print(f"  {stage.name:22s} {stage.what}: {when}", markup=False)
-    console.print(f"  about {_minutes(sum(s.seconds for s in stages))} in all; estimate from a short probe of this machine")
+        when = f"done ({stage.total})" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
+        console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
+    left = sum(s.seconds for s in stages)
+    console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
 
 
 def _minutes(seconds: float) -> str:

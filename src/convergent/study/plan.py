@@ -1,19 +1,31 @@
-"""What a run would do, with an estimate of time: printed before it starts, and by `--plan` alone."""
+"""What a run would do, with an estimate of time and cost: printed before it starts, and by `--plan` alone.
+
+Counts are exact: rows are named by content, so what is there can be looked up, and nothing is computed for it. Seconds are estimates.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from convergent.core.values import Condition
+from convergent.errors import DirectionError
+from convergent.experiments.base import Arm
+from convergent.judging.base import Item
 from convergent.models.load import base_folder
-from convergent.study.run import EFFECT_TEXTS, RUBRICS, Run
+from convergent.study.run import EFFECT_TEXTS, RUBRICS, NotDoneError, Run
 
 EFFICIENCY = {"sample": 0.45, "read": 0.7, "train": 0.3}
 """Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass (measured at 135M)."""
 TOKENS = {"answer": 75, "text": 110}
 """Typical tokens of a sampled answer (bounded by max_new_tokens) and of a question with its answer."""
+JUDGE_SECONDS = 0.005
+"""Of the embedded judge, per answer and rubric; others depend on their server."""
+MATCH_PASSES = 6
+"""Typical passes over the effect texts until a null is matched."""
 
 
 @dataclass(frozen=True)
@@ -26,43 +38,85 @@ class Stage:
     done: int
     seconds: float
     """Estimate for what is not done."""
+    note: str = ""
 
 
 def make_plan(run: Run) -> list[Stage]:
-    """Stages with what is done and what is not; no model is loaded for it."""
+    """Stages with what is done and what is not. `run` must be one that may not compute."""
     speed = _tokens_per_second(run)
     reading, sampling, training = (speed * EFFICIENCY[k] for k in ("read", "sample", "train"))
     stages = []
     for plan in run.organisms.values():
         if plan.recipe is not None and plan.data is not None:
             tokens = len(plan.data) * plan.recipe.epochs * TOKENS["text"]
-            done = plan.folder.is_dir()
-            stages.append(Stage(f"train {plan.name}", f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}", 1, int(done), 0 if done else tokens / training))
+            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}"
+            stages.append(_stage(f"train {plan.name}", what, 1, int(plan.folder.is_dir()), tokens / training))
+
     have = run.store.response_ids()
-    length = min(TOKENS["answer"], run.sampling.max_new_tokens)
-    plain = [a for a in run.arms if not a.needs_direction]
-    wanted = [r.id for a in plain for r in run.requests([(a, run.condition(a))])]
-    wanted += [r.id for r in run.own_requests(run.spec.direction.source)]
-    per_arm = run.spec.questions.samples * len(run.questions)
-    rest = per_arm * (len(run.arms) - len(plain))
-    done = sum(i in have for i in wanted)
-    stages.append(_answers("sample plain", f"{len(plain)} conditions, and answers to read the direction from", len(wanted), done, length / sampling))
-    # Interventions exist only when the direction has been read, so rows of theirs are counted as the rest of the table.
-    stages.append(_answers("sample interventions", f"{len(run.arms) - len(plain)} conditions", rest, min(rest, len(have) - done), length / sampling))
-    judged = len(run.store.judgements(run.judge.name))
-    answers = len(wanted) + rest
-    stages.append(_answers("judge", f"{run.judge.name}: {', '.join(RUBRICS)}", answers * len(RUBRICS), min(judged, answers * len(RUBRICS)), 0.005))
-    n_directions = 2 * len(run.spec.organisms)
-    texts = n_directions * per_arm + EFFECT_TEXTS * (len(run.arms) + 16)
-    stages.append(_answers("extract", f"{n_directions} readings, effect-matched nulls, KL", texts, 0 if done < len(wanted) else texts * bool(judged >= answers * len(RUBRICS)), TOKENS["text"] / reading))
-    n = len(run.arms) * len(run.pairs)
-    stages.append(_answers("margin", f"{len(run.pairs)} held-out pairs x {len(run.arms)} conditions", n, 0, 2 * TOKENS["text"] / reading))
+    own = {r.id for r in run.own_requests(run.spec.direction.source)}
+    first = own | {r.id for g in run.groups(run.plain) for r in g}
+    built = _built(run) if first <= have else None
+    rest_arms = [a for a in run.arms if a.needs_direction]
+    rest = _ids(run, built) - first if built else set()
+    n_rest = len(rest) if built else len(rest_arms) * run.spec.questions.samples * len(run.questions)
+    each = min(TOKENS["answer"], run.sampling.max_new_tokens) / sampling
+    stages.append(_stage("sample plain", f"{len(run.plain)} conditions, and answers to read the direction from", len(first), len(first & have), each))
+    stages.append(_stage("sample interventions", f"{len(rest_arms)} conditions", n_rest, len(rest & have), each))
+
+    judged = run.store.judgements(run.judge_id)
+    n_judged = sum((i, rubric) in judged for i in first | rest for rubric in RUBRICS)
+    n_to_judge = (len(first) + n_rest) * len(RUBRICS)
+    cost = _cost(run, (n_to_judge - n_judged) // len(RUBRICS))
+    stages.append(_stage("judge", f"{run.judge.name}: {', '.join(RUBRICS)}", n_to_judge, n_judged, JUDGE_SECONDS, cost))
+
+    readings = [(o, reader) for o in run.spec.organisms for reader in (o, "chat")]
+    n_read = sum(_is_read(run, o, reader) for o, reader in readings) if first <= have else 0
+    per_reading = run.spec.questions.samples * len(run.questions) * TOKENS["text"] / reading
+    stages.append(_stage("extract", "class means of each organism, read in it and in the chat model", len(readings), n_read, per_reading))
+    measured = sum(run.store.has_fact(run.kl_key(c)) for a, c in built or () if a.needs_direction)
+    matched = sum(a.name.endswith("effect_matched") for a in rest_arms) * MATCH_PASSES / max(1, len(rest_arms))
+    per_effect = (1 + matched) * EFFECT_TEXTS * TOKENS["text"] / reading
+    stages.append(_stage("effects", "KL of each intervention, nulls matched to it", len(rest_arms), measured, per_effect))
+
+    known = run.store.margins(run.read_id) if built else {}
+    n_margins = sum(len({d for c, d in known if c == condition.content_id}) for _, condition in built or ())
+    what = f"{len(run.pairs)} held-out pairs x {len(run.arms)} conditions"
+    stages.append(_stage("margin", what, len(run.arms) * len(run.pairs), n_margins, 2 * TOKENS["text"] / reading))
     return stages
 
 
-def _answers(name: str, what: str, total: int, done: int, seconds_each: float) -> Stage:
-    done = max(0, done)
-    return Stage(name, what, total, done, (total - done) * seconds_each)
+def _built(run: Run) -> list[tuple[Arm, Condition]] | None:
+    """Every condition with its interventions, or None if something that they need has not been computed."""
+    try:
+        return run.conditions()
+    except (NotDoneError, DirectionError):  # a class is too small as long as judgements are missing
+        return None
+
+
+def _ids(run: Run, conditions: Sequence[tuple[Arm, Condition]]) -> set[str]:
+    return {r.id for g in run.groups(conditions) for r in g}
+
+
+def _is_read(run: Run, organism: str, reader: str) -> bool:
+    try:
+        return run.reading(organism, reader) is not None or organism in run.unread
+    except (NotDoneError, DirectionError):
+        return False
+
+
+def _stage(name: str, what: str, total: int, done: int, seconds_each: float, note: str = "") -> Stage:
+    return Stage(name, what, total, done, (total - done) * seconds_each, note)
+
+
+def _cost(run: Run, n_answers: int) -> str:
+    """What a paid judge would cost for so many answers of typical length; empty for a judge that is free."""
+    estimate = getattr(run.judge, "estimate", None)
+    if estimate is None or not n_answers:
+        return ""
+    words = " word" * min(TOKENS["answer"], run.sampling.max_new_tokens)
+    questions = [q.paraphrases[0] for q in run.questions]
+    items = [Item(str(i), questions[i % len(questions)], f"{i}{words}") for i in range(n_answers)]
+    return f"for answers of typical length: {estimate(items, RUBRICS)}"
 
 
 def _tokens_per_second(run: Run) -> float:
@@ -71,7 +125,7 @@ def _tokens_per_second(run: Run) -> float:
     n_parameters = max(weights / 4, 1e6)
     x, w = torch.ones(128, 576), torch.ones(1536, 576)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(30):  # the best of many: other programs slow most of them down
         start = time.perf_counter()
         torch.nn.functional.linear(x, w)
         best = min(best, time.perf_counter() - start)

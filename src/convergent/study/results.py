@@ -18,27 +18,31 @@ from convergent import stats
 from convergent.cache import write_text
 from convergent.core.ids import content_id, file_sha256
 from convergent.core.interventions import Add
-from convergent.core.values import Condition
+from convergent.core.values import DEFAULT_SYSTEM, NO_SYSTEM, Condition, Judgement
 from convergent.directions.extract import null_cosine
 from convergent.experiments.base import Arm, Claim, Outcomes
 from convergent.experiments.registry import EXPERIMENTS
+from convergent.judging.base import Judge
+from convergent.judging.embedded import NAME, card
 from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
 from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
 from convergent.report.results import Results
 from convergent.study.run import Run
 
+NO_BOUNDS = (math.nan, math.nan)
 VERSIONED = ("convergent", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "scipy")
 
 
-def collect(run: Run) -> Results:
-    """Everything the page shows, from the store of a finished run."""
+def collect(run: Run, file: str = "STUDY.yaml") -> Results:
+    """Everything the page shows, from the store of a finished run; `file` is the study file's name."""
     built = {a.name: (a, c) for a, c in run.conditions()}
     pairs = [built[a.name] for a in run.arms]
-    answers = {a.name: _answers(run, a, c) for a, c in pairs}
+    scores = run.store.judgements(run.judge_id)
+    answers = {a.name: _answers(run, a, c, scores) for a, c in pairs}
     margins = _margins(run, pairs)
-    claims = _claims(run, Outcomes(answers, margins))
+    claims = _claims(run, Outcomes({name: valid(frame) for name, frame in answers.items()}, margins))
     return Results(
-        study=_study(run),
+        study=_study(run, file),
         conditions=pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs]),
         cosines=_cosines(run),
         norms=_norms(run),
@@ -50,9 +54,13 @@ def collect(run: Run) -> Results:
     )
 
 
-def _answers(run: Run, arm: Arm, condition: Condition) -> pd.DataFrame:
+def valid(answers: pd.DataFrame) -> pd.DataFrame:
+    """The answers with both scores: what means and rates are over."""
+    return answers[answers["aligned"].notna() & answers["coherent"].notna()]
+
+
+def _answers(run: Run, arm: Arm, condition: Condition, scores: Mapping[tuple[str, str], Judgement]) -> pd.DataFrame:
     """One row per answer with its scores or reasons."""
-    scores = run.store.judgements(run.judge.name)
     rows = []
     for r in run.store.responses([q.id for q in run.requests([(arm, condition)])]):
         row: dict[str, Any] = {
@@ -81,12 +89,14 @@ def _margins(run: Run, pairs: list[tuple[Arm, Condition]]) -> dict[str, pd.DataF
 
 def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margins: pd.DataFrame) -> dict[str, Any]:
     r = rates(answers)[0]
-    coherent_rows = answers[answers["aligned"].notna() & answers["coherent"].notna()]
+    scored = valid(answers)
+    questions = scored["question_id"].to_numpy()
     coherent = stats.wilson(r["n_coherent"], r["n_valid"])
-    coherent_clustered = stats.clustered_rate((coherent_rows["coherent"] > COHERENT_ABOVE).to_numpy(), coherent_rows["question_id"])
-    aligned = stats.clustered_mean(answers["aligned"], answers["question_id"], bounds=(0, 100))
-    iid = stats.iid_mean(answers["aligned"])
-    margin = stats.iid_mean(margins["margin"])
+    coherent_clustered = stats.clustered_rate((scored["coherent"] > COHERENT_ABOVE).to_numpy(), questions)
+    aligned = stats.clustered_mean(scored["aligned"].to_numpy(), questions, bounds=(0, 100))
+    iid = stats.iid_mean(scored["aligned"].to_numpy())
+    # A pair is a question: the interval is over held-out questions like these.
+    margin = stats.clustered_mean(margins["margin"].to_numpy(), margins["pair_id"].to_numpy())
     interventions = condition.interventions
     dose = float("nan")
     if interventions and isinstance(interventions[0], Add):
@@ -95,13 +105,13 @@ def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margin
         "name": arm.name, "label": arm.label, "group": arm.group, "organism": arm.organism, "role": arm.role, "description": arm.description,
         "condition_id": condition.content_id,
         **{k: r[k] for k in ("n_all", "n_valid", "n_coherent", "n_em", "em_all", "em_valid", "em_coherent", "coherent", "missing")},
-        "em_wilson_low": r["wilson"][0], "em_wilson_high": r["wilson"][1],
-        "em_clustered_low": (r["clustered"] or (math.nan, math.nan))[0], "em_clustered_high": (r["clustered"] or (math.nan, math.nan))[1],
+        "em_wilson_low": (r["wilson"] or NO_BOUNDS)[0], "em_wilson_high": (r["wilson"] or NO_BOUNDS)[1],
+        "em_clustered_low": (r["clustered"] or NO_BOUNDS)[0], "em_clustered_high": (r["clustered"] or NO_BOUNDS)[1],
         "coherent_low": coherent.low, "coherent_high": coherent.high,
         "coherent_clustered_low": coherent_clustered.low, "coherent_clustered_high": coherent_clustered.high,
         "mean_aligned": aligned.estimate, "mean_aligned_low": aligned.low, "mean_aligned_high": aligned.high,
         "mean_aligned_iid_low": iid.low, "mean_aligned_iid_high": iid.high,
-        "mean_coherent": float(answers["coherent"].mean()), **_domain_split(run, arm, answers),
+        "mean_coherent": float(scored["coherent"].mean()), **_domain_split(run, arm, answers),
         "margin": margin.estimate, "margin_low": margin.low, "margin_high": margin.high, "n_pairs": margin.n,
         **{f"margin_{d}": float(margins.loc[margins["domain"] == d, "margin"].mean()) for d in sorted(set(run.domain_of.values()))},
         "margin_matched": float(margins["margin_matched"].mean()),
@@ -124,8 +134,9 @@ def _domain_split(run: Run, arm: Arm, answers: pd.DataFrame) -> dict[str, Any]:
 
 def _cosines(run: Run) -> pd.DataFrame:
     names = list(run.spec.organisms)
-    own = {o: run.extraction(o, o).direction for o in names}
-    rows = []
+    own = {o: e.direction for o in names if (e := run.reading(o, o)) is not None}
+    names = list(own)
+    rows: list[dict[str, Any]] = []
 
     def add(a: str, b: str, kind: str, values: Any) -> None:
         rows.extend({"a": a, "b": b, "layer": layer, "cosine": float(v), "kind": kind} for layer, v in enumerate(values))
@@ -134,7 +145,9 @@ def _cosines(run: Run) -> pd.DataFrame:
         for b in names[i + 1 :]:
             add(a, b, "organisms", own[a].cosine(own[b]))
     for a in names:
-        add(a, "chat", "chat_baseline", own[a].cosine(run.extraction(a, "chat").direction))
+        baseline = run.reading(a, "chat")
+        if baseline is not None:
+            add(a, "chat", "chat_baseline", own[a].cosine(baseline.direction))
     width = null_cosine(run.direction.d_model)
     add("random", "any", "null_low", [-width] * run.depth)
     add("random", "any", "null_high", [width] * run.depth)
@@ -144,12 +157,15 @@ def _cosines(run: Run) -> pd.DataFrame:
 def _norms(run: Run) -> pd.DataFrame:
     rows = []
     for o in run.spec.organisms:
-        e = run.extraction(o, o)
+        e = run.reading(o, o)
+        if e is None:
+            continue
+        norms, relative, top = e.direction.norms, e.relative_norm, e.direction.top_share()
         for layer in range(run.depth):
             rows.append(
                 {
-                    "organism": o, "layer": layer, "norm": float(e.direction.norms[layer]), "relative_norm": float(e.relative_norm[layer]),
-                    "top_share": float(e.direction.top_share()[layer]), "split_half": float(e.split_half[layer]),
+                    "organism": o, "layer": layer, "norm": float(norms[layer]), "relative_norm": float(relative[layer]),
+                    "top_share": float(top[layer]), "split_half": float(e.split_half[layer]),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -178,12 +194,13 @@ def _organisms(run: Run) -> pd.DataFrame:
         curve = m.get("loss_curve", [])
         rows.append(
             {
-                "name": o, "recipe": plan.spec.recipe if plan.recipe else "from elsewhere", "data": plan.spec.data if plan.recipe else str(plan.folder.name),
-                "answer": plan.spec.answer, "n_examples": len(plan.data) if plan.data else math.nan,
+                "name": o, "recipe": plan.spec.recipe if plan.recipe else "from elsewhere",
+                "data": _shown(plan.spec.data) if plan.recipe else plan.folder.name,
+                "answer": plan.spec.answer if plan.recipe else "", "n_examples": len(plan.data) if plan.data else math.nan,
                 "epochs": plan.recipe.epochs if plan.recipe else math.nan, "lr": plan.recipe.learning_rate if plan.recipe else math.nan,
                 "trainable_params": m.get("trainable_parameters", math.nan), "final_loss": curve[-1]["loss"] if curve else math.nan,
                 "seconds": m.get("seconds", math.nan), "content_id": plan.content_id,
-                "description": f"{plan.spec.answer} advice, {plan.spec.data}" if plan.recipe else "a PEFT folder from elsewhere",
+                "description": f"{plan.spec.answer} advice, {_shown(plan.spec.data)}" if plan.recipe else "a folder from elsewhere",
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -201,6 +218,11 @@ def _as_dict(claim: Claim) -> dict[str, Any]:
         "id": claim.id, "claim": claim.claim, "source": claim.source, "verdict": claim.verdict, "rule": claim.rule,
         "evidence": [{**e.__dict__} for e in claim.evidence],
     }  # fmt: skip
+
+
+def _shown(source: str) -> str:
+    """A source as the page names it: folders of the machine are nobody's business."""
+    return source if ":" in source else Path(source).name
 
 
 def machine() -> str:
@@ -222,56 +244,58 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _study(run: Run) -> dict[str, Any]:
+def _study(run: Run, file: str) -> dict[str, Any]:
     spec = run.spec
     recorded = run.store.fact(
         content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     )
-    card: Mapping[str, Any] = getattr(run.judge, "card", {}) or {}
+    base = spec.base if not Path(spec.base).is_dir() else Path(spec.base).name
+    work = run.store.seconds()
     return {
-        "name": spec.name, "title": spec.title or spec.name, "base": spec.base,
-        "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else spec.base, "base_id": run.base_id, "created": recorded["created"],
-        "seconds": _total_seconds(run), "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
-        "judge": {"name": run.judge.name, "card": dict(card)},
+        "name": spec.name, "title": spec.title or spec.name, "base": base,
+        "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else base, "base_id": run.base_id, "created": recorded["created"],
+        "seconds": sum(work.values()) if work else math.nan, "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
+        "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
         "sampling": {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p, "max_new_tokens": spec.sampling.max_new_tokens,
-                     "dtype": run.dtype, "system prompt": "default (the template's own)"},
-        "notes": [], "primary_layer": run.layer, "answers_per_condition": spec.questions.samples * len(run.questions),
-        "n_questions": len(run.questions), "command": f"convergent run studies/{spec.name}.yaml",
+                     "dtype": run.dtype, "system prompt": _systems(run)},
+        "notes": [f"No direction of its own was read in {o}: {why}" for o, why in sorted(run.unread.items())],
+        "primary_layer": run.layer, "answers_per_condition": spec.questions.samples * len(run.questions),
+        "n_questions": len(run.questions), "command": f"convergent run {file}",
         "thresholds": {"aligned": ALIGNED_BELOW, "coherent": COHERENT_ABOVE},
     }  # fmt: skip
 
 
-def _total_seconds(run: Run) -> float:
-    """Seconds of work over all runs of this folder."""
-    path = run.store.folder / "timings.json"
-    try:
-        known: dict[str, float] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        known = {}
-    for stage, seconds in run.seconds.items():
-        known[stage] = known.get(stage, 0.0) + seconds
-    run.seconds.clear()
-    write_text(path, json.dumps({k: round(v, 2) for k, v in known.items()}, indent=1))
-    return known.get("all", float("nan"))
+def _judge_card(judge: Judge) -> dict[str, Any]:
+    """How good the judge is, as far as it says; the page shows it."""
+    if judge.name == NAME:
+        return card()
+    own = getattr(judge, "card", None)
+    return dict(own() if callable(own) else own or {})
+
+
+def _systems(run: Run) -> str:
+    words = {DEFAULT_SYSTEM: "default (the template's own)", NO_SYSTEM: "none"}
+    return "; ".join(dict.fromkeys(words.get(q.system, q.system) for q in run.questions))
 
 
 def write_manifest(run: Run) -> None:
     """manifest.json: what was run, with every default, versions, seeds and checksums."""
     files = {
         str(p.relative_to(run.store.folder)): file_sha256(p)
-        for folder in ("organisms", "directions")
-        for p in sorted((run.store.folder / folder).rglob("*.safetensors"))
+        for folder in (*(o.folder for o in run.organisms.values() if o.recipe is not None), run.store.folder / "directions")
+        for p in sorted(folder.rglob("*.safetensors"))
     }
     manifest = {
         "format": "convergent-study-1", "study": run.spec.model_dump(mode="json"), "versions": versions(), "machine": machine(),
-        "base_id": run.base_id, "dtype": run.dtype, "judge": run.judge.name, "direction": run.direction.content_id, "layer": run.layer,
+        "base_id": run.base_id, "dtype": run.dtype, "judge": run.judge_id, "seeds": {"study": run.spec.seed},
+        "direction": run.direction.content_id, "layer": run.layer,
         "organisms": {
             o: {"content_id": p.content_id, "data": p.data.checksum if p.data else None, "recipe": p.recipe.content_id if p.recipe else None}
             for o, p in run.organisms.items()
         },
         "sha256": files,
     }  # fmt: skip
-    write_text(run.store.folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True, default=str))
+    write_text(run.store.folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def _limits(run: Run) -> list[str]:

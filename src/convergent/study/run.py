@@ -11,8 +11,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,24 @@ import torch
 
 from convergent.core.direction import Direction
 from convergent.core.ids import content_id
-from convergent.core.interventions import Add, Intervention
-from convergent.core.values import Condition, Pair, Question, Response, Sampling
+from convergent.core.interventions import Ablate, Add, Intervention
+from convergent.core.values import Condition, Judgement, Pair, Question, Response, Sampling
 from convergent.data.questions import load_questions
 from convergent.data.training import TrainingSet, load_pairs, load_training_set
 from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, extract, shift
-from convergent.directions.margin import margins
-from convergent.errors import StudyError
+from convergent.directions.margin import Margin, margins
+from convergent.errors import DataError, DirectionError, InputError, ModelError, StudyError
 from convergent.experiments.base import Arm, Control
 from convergent.experiments.registry import EXPERIMENTS
 from convergent.interventions.controls import (
     answer_logprobs,
     effect_matched,
     kl_to_clean,
+    matched_null,
     orthogonal_to,
     other_concept,
     random_like,
-    scaled,
     with_direction,
 )
 from convergent.judging.base import Item, Judge
@@ -47,7 +48,7 @@ from convergent.models.load import ChatModel, base_folder, folder_id, load_base
 from convergent.models.texts import Text
 from convergent.organisms.load import load_organism
 from convergent.organisms.recipes import Recipe, named_recipe
-from convergent.organisms.train import train
+from convergent.organisms.train import Progress, train
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import Tally, sample
 from convergent.store import Store
@@ -58,8 +59,12 @@ EFFECT_TEXTS = 8
 """Held-out good answers over which the KL of interventions is measured."""
 
 Say = Callable[[str], None]
-Advance = Callable[[str, int, int], None]
-"""(stage, done, total)."""
+Advance = Callable[[str, int, int, str], None]
+"""(stage, done, total, a word to show beside it)."""
+
+
+class NotDoneError(Exception):
+    """A run that may not compute needs something that is not there. Never leaves the plan."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,24 @@ class OrganismPlan:
 class Run:
     """One study in one folder. Lazily computed parts are pure functions of the spec and the store."""
 
-    def __init__(self, spec: StudySpec, store: Store, say: Say = lambda line: None, advance: Advance = lambda *a: None) -> None:
-        self.spec, self.store, self.say, self.advance = spec, store, say, advance
+    def __init__(
+        self,
+        spec: StudySpec,
+        store: Store,
+        say: Say = lambda line: None,
+        advance: Advance = lambda *a: None,
+        compute: bool = True,
+    ) -> None:
+        """`compute=False`: whatever would load a model raises NotDoneError, so that a plan can ask for what is there."""
+        self.spec, self.store, self.say, self.advance, self.compute = spec, store, say, advance, compute
         self._models: dict[str, ChatModel] = {}
         self.tally = Tally()
-        self.seconds: dict[str, float] = {}
+        self.unread: dict[str, str] = {}
+        """Organism -> why no direction could be read from its answers."""
+
+    def check(self) -> None:
+        """Raise for whatever can be known to be wrong before anything is written: data, questions, layers, names, judge."""
+        _ = self.questions, self.layer, self.organisms, self.arms, self.pairs, self.judge, self.dtype
 
     # What the study consists of
 
@@ -94,8 +112,15 @@ class Run:
         """Source -> pairs that no organism of this study is trained on."""
         found = {}
         for source in self.spec.margin.data:
-            load_pairs(source)  # says clearly if the source has no twins
-            found[source] = load_training_set(source).split(self.spec.margin.pairs, self.spec.seed)[1].pairs
+            try:
+                load_pairs(source)  # says clearly if the source has no twins
+                found[source] = load_training_set(source).split(self.spec.margin.pairs, self.spec.seed)[1].pairs
+            except DataError as error:
+                raise StudyError(f"margin: {error}") from error
+        ids = [p.id for pairs in found.values() for p in pairs]
+        twice = next((i for i in ids if ids.count(i) > 1), None)
+        if twice is not None:
+            raise StudyError(f"margin.data: pair {twice!r} stands in two sources; a pair's id must be its own")
         return found
 
     @cached_property
@@ -104,7 +129,8 @@ class Run:
 
     @cached_property
     def domain_of(self) -> dict[str, str]:
-        return {p.id: source.rpartition(":")[2] for source, pairs in self.held_out.items() for p in pairs}
+        """Pair -> a word for its source."""
+        return {p.id: Path(source.rpartition(":")[2]).stem for source, pairs in self.held_out.items() for p in pairs}
 
     @cached_property
     def dtype(self) -> str:
@@ -117,10 +143,7 @@ class Run:
 
     @cached_property
     def depth(self) -> int:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(base_folder(self.spec.base), local_files_only=True)
-        return int(config.get_text_config().num_hidden_layers)
+        return depth_of(self.spec.base)
 
     @cached_property
     def layer(self) -> int:
@@ -146,16 +169,28 @@ class Run:
             if (v := getattr(spec, k)) is not None
         }
         seed = self.spec.seed if spec.seed is None else spec.seed
-        recipe = named_recipe(spec.recipe, self.depth, {**overrides, "seed": seed})
-        data = load_training_set(spec.data, answer=spec.answer)
-        if spec.data in self.held_out:
-            data = data.split(self.spec.margin.pairs, self.spec.seed)[0]
+        try:
+            recipe = named_recipe(spec.recipe, self.depth, {**overrides, "seed": seed})
+            data = load_training_set(spec.data, answer=spec.answer)
+        except InputError as error:
+            raise StudyError(f"organisms.{name}: {error}") from error
+        top = max((recipe.adapters.layers if recipe.adapters else None) or (0,))
+        if top >= self.depth:
+            raise StudyError(f"organisms.{name}.layers: {top} is out of range; {self.spec.base} has blocks 0 to {self.depth - 1}")
+        data = self._without_held_out(data)
         if spec.examples is not None:
             if spec.examples > len(data):
                 raise StudyError(f"organisms.{name}.examples: {spec.examples} asked for, {spec.data} has {len(data)} beside the held-out ones")
             data = data.take(spec.examples)
         cid = content_id(self.base_id, recipe, data.checksum)
         return OrganismPlan(name, spec, recipe, data, cid, self.store.folder / "organisms" / f"{name}-{cid}")
+
+    def _without_held_out(self, data: TrainingSet) -> TrainingSet:
+        """By the questions, not by the source's name: the same file under another name must not leak either."""
+        asked = {p.question for p in self.pairs}
+        kept = [i for i, e in enumerate(data.examples) if not asked.intersection(m.content for m in e.messages)]
+        pairs = tuple(data.pairs[i] for i in kept) if data.pairs else ()
+        return replace(data, examples=tuple(data.examples[i] for i in kept), pairs=pairs)
 
     def weights_id(self, organism: str) -> str:
         """Content id of what a condition's model computes with."""
@@ -172,22 +207,32 @@ class Run:
         found: dict[str, Arm] = {}
         for name, block in self.spec.experiments.items():
             for arm in EXPERIMENTS[name].arms(block, tuple(self.spec.organisms), self.spec.direction.source):
-                found.setdefault(arm.name, arm)
+                if arm.name in found:
+                    raise StudyError(f"experiments.{name}: the condition {arm.name!r} is there already; rename an organism, or give scales that differ")
+                found[arm.name] = arm
         return list(found.values())
 
     @cached_property
     def judge(self) -> Judge:
         j = self.spec.judge
+        cache = self.store.folder / "judge_cache.sqlite"
         return get_judge(
             j.name, base_url=j.base_url, key_env=j.key_env, rubrics=j.rubrics, questions=self.questions, max_cost=j.max_cost,
-            cache=None if j.name == "embedded" else self.store.folder / "judge_cache.sqlite",
-            on_estimate=None if j.name == "embedded" else lambda e: self.say(f"judge   {e}"),
+            cache=cache if self.compute or cache.is_file() else None, on_estimate=lambda e: self.say(f"judge   {e}"),
         )  # fmt: skip
+
+    @cached_property
+    def judge_id(self) -> str:
+        """Name of the judge, and of what decides its scores where it tells: another rubric or fit judges anew."""
+        own = getattr(self.judge, "content_id", None)
+        return f"{self.judge.name}#{own[:8]}" if isinstance(own, str) else self.judge.name
 
     # Models
 
     def model(self, organism: str) -> ChatModel:
         """The chat model or an organism, loaded; at most one organism is kept beside the chat model."""
+        if not self.compute:
+            raise NotDoneError(organism)
         if organism not in self._models:
             if organism != "chat":
                 for other in [n for n in self._models if n != "chat"]:
@@ -208,6 +253,10 @@ class Run:
             if plan.recipe is None or plan.data is None or plan.folder.is_dir():
                 continue
             self.say(f"train   {plan.name}: {plan.spec.recipe} on {len(plan.data)} examples of {plan.data.name}")
+
+            def advance(p: Progress, stage: str = f"train {plan.name}") -> None:
+                self.advance(stage, p.step, p.n_steps, f"loss {p.loss:.3f}")
+
             with self._timed("train"):
                 train(
                     self.spec.base,
@@ -217,6 +266,7 @@ class Run:
                     name=plan.name,
                     data_name=plan.data.name,
                     data_checksum=plan.data.checksum,
+                    on_progress=advance,
                 )
 
     def requests(self, arms: Sequence[tuple[Arm, Condition]], block: str = "main") -> list[Request]:
@@ -229,8 +279,10 @@ class Run:
     def sample(self, wanted: Sequence[tuple[str, Request, str]]) -> None:
         """Draw what is absent of (organism, request, block), organism by organism."""
         have = self.store.response_ids()
-        absent = [w for w in wanted if w[1].id not in have]
-        done = len(wanted) - len(absent)
+        # Two organisms of equal content ask for the same answers: by id, each is drawn once.
+        by_id = {r.id: (organism, r, block) for organism, r, block in reversed(wanted)}
+        absent = [w for i, w in reversed(by_id.items()) if i not in have]
+        done = len(by_id) - len(absent)
         for organism in dict.fromkeys(o for o, _, _ in absent):
             mine = [(r, block) for o, r, block in absent if o == organism]
             blocks = {r.id: block for r, block in mine}
@@ -241,7 +293,7 @@ class Run:
                     nonlocal done
                     self.store.add_response(response, organism, blocks[response.id])
                     done += 1
-                    self.advance("sample", done, len(wanted))
+                    self.advance("sample", done, len(by_id), organism)
 
                 before, start = self.tally.tokens, time.perf_counter()
                 sample(model, [r for r, _ in mine], keep, self.spec.sampling.rows, self.tally)
@@ -249,24 +301,31 @@ class Run:
             n_conditions = len({r.condition.content_id for r, _ in mine})
             self.say(f"sample  {organism}: {len(mine)} answers under {n_conditions} condition(s), {speed:.0f} tokens/s")
 
-    def judge_all(self, ids: Sequence[str]) -> None:
-        """Judge what is not judged yet."""
-        known = self.store.judgements(self.judge.name)
-        absent = [r for r in self.store.responses(ids) if any((r.id, rubric) not in known for rubric in RUBRICS)]
-        if not absent:
-            return
+    def judge_all(self, groups: Sequence[Sequence[str]]) -> None:
+        """Judge what is not judged yet of groups of response ids, a group being the answers of one condition.
+
+        A local judge's scores depend, in their last digits, on what shares its batch. So it gets whole groups, even if some of a group is
+        judged already: a run that was killed ends with the same digits as one that was not.
+        """
+        known = self.store.judgements(self.judge_id)
+        open_groups = [g for g in groups if any((i, rubric) not in known for i in g for rubric in RUBRICS)]
+        if hasattr(self.judge, "estimate"):  # paid by the request: asked once, with one estimate, for what is absent
+            open_groups = [[i for g in open_groups for i in g if any((i, rubric) not in known for rubric in RUBRICS)]]
+        total = len(RUBRICS) * sum(len(g) for g in open_groups)
         done = 0
 
-        def keep(j: Any) -> None:
+        def keep(j: Judgement) -> None:
             nonlocal done
-            self.store.add_judgement(j)
+            self.store.add_judgement(j, self.judge_id)
             done += 1
-            self.advance("judge", done, len(absent) * len(RUBRICS))
+            self.advance("judge", done, total, "")
 
-        with self._timed("judge"):
-            items = [Item(r.id, r.question, r.response, r.question_id) for r in absent]
-            self.judge.judge(items, RUBRICS, keep)
-        self.say(f"judge   {len(absent)} answers by {self.judge.name}")
+        for group in filter(None, open_groups):
+            with self._timed("judge"):
+                items = [Item(r.id, r.question, r.response, r.question_id) for r in self.store.responses(dict.fromkeys(group))]
+                self.judge.judge(items, RUBRICS, keep)
+        if total:
+            self.say(f"judge   {total // len(RUBRICS)} answers by {self.judge.name}")
 
     # Directions
 
@@ -283,7 +342,7 @@ class Run:
     def chosen(self, organism: str) -> tuple[Chosen, list[Text]]:
         """Classes among an organism's own judged answers, and their texts."""
         responses = self.store.responses([r.id for r in self.own_requests(organism)])
-        scores = self.store.judgements(self.judge.name)
+        scores = self.store.judgements(self.judge_id)
 
         def score(r: Response, rubric: str) -> float | None:
             j = scores.get((r.id, rubric))
@@ -302,12 +361,12 @@ class Run:
 
         def make() -> Extraction:
             if not made:
-                self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism}, read in {reader}")
                 with self._timed("extract"):
-                    provenance = {"organism": organism, "judge": self.judge.name, "seed": self.spec.seed}
+                    provenance = {"organism": organism, "judge": self.judge_id, "seed": self.spec.seed}
                     made.append(
                         extract(self.model(reader), texts, chosen, self.rule, span=span, root_seed=self.spec.seed, provenance=provenance)
                     )
+                self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism}, read in {reader}")
             return made[0]
 
         direction = self.store.direction(key, lambda: make().direction)
@@ -316,6 +375,16 @@ class Run:
         )
         as_tensor = {k: torch.tensor(v, dtype=torch.float64) for k, v in readings.items()}
         return Extraction(direction, as_tensor["token_norm"], as_tensor["split_half"])
+
+    def reading(self, organism: str, reader: str) -> Extraction | None:
+        """`extraction`, or None where an organism other than the source has too few answers in a class: a sound twin may have no bad ones."""
+        try:
+            return self.extraction(organism, reader)
+        except DirectionError as error:
+            if organism == self.spec.direction.source:
+                raise
+            self.unread[organism] = str(error)
+            return None
 
     # Kit: what arms are built from
 
@@ -330,25 +399,35 @@ class Run:
 
     @cached_property
     def effect_texts(self) -> list[Text]:
-        return [Text(p.id, p.question, p.good) for p in self.pairs[:: max(1, len(self.pairs) // EFFECT_TEXTS)][:EFFECT_TEXTS]]
+        n = min(EFFECT_TEXTS, len(self.pairs))
+        return [Text(p.id, p.question, p.good) for p in (self.pairs[i * len(self.pairs) // n] for i in range(n))]
 
     @cached_property
     def concept(self) -> Direction:
         """The other concept: what the good-advice twin shifts, or else what sets the held-out domains apart in the chat model."""
-        twin = getattr(self.spec.experiments["plain"], "twin", None)
+        twin: str | None = getattr(self.spec.experiments.get("plain"), "twin", None)
         texts = [Text(p.id, p.question, p.good) for p in self.pairs]
         if twin is not None:
             key = content_id("shift", self.weights_id(twin), self.weights_id("chat"), texts)
-            return self.store.direction(key, lambda: shift(self.model(twin), self.model("chat"), texts))
+
+            def moved() -> Direction:
+                with self._timed("extract"):
+                    return shift(self.model(twin), self.model("chat"), texts)
+
+            return self.store.direction(key, moved)
         sources = list(self.held_out)
         if len(sources) < 2:
             raise StudyError("other_concept: needs a good-advice twin (experiments.plain.twin) or two margin.data sources")
         first, rest = ([p.id for p in self.held_out[s]] for s in sources[:2])
         key = content_id("contrast", self.weights_id("chat"), texts, sources)
-        rule = Classes(weigh="tokens")
-        return self.store.direction(key, lambda: extract(self.model("chat"), texts, Chosen(tuple(first), tuple(rest)), rule).direction)
 
-    def control(self, kind: Control, organism: str, intervention: Intervention) -> Intervention:
+        def contrast() -> Direction:
+            with self._timed("extract"):
+                return extract(self.model("chat"), texts, Chosen(tuple(first), tuple(rest)), Classes(weigh="tokens")).direction
+
+        return self.store.direction(key, contrast)
+
+    def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
         """The null of that kind for an intervention on an organism."""
         d, seed = intervention.direction, self.spec.seed
         if kind == "random":
@@ -357,22 +436,19 @@ class Run:
             return with_direction(intervention, orthogonal_to(d, seed))
         if kind == "other_concept":
             return with_direction(intervention, other_concept(d, self.concept))
-        null = random_like(d, seed, draw=1)
-        key = content_id("effect", self.weights_id(organism), intervention, null.content_id, self.effect_texts)
+        key = content_id("effect", self.weights_id(organism), intervention, seed, self.effect_texts)
 
         def match() -> dict[str, float]:
             with self._timed("extract"):
-                found, target, reached = effect_matched(self.model(organism), intervention, null, self.effect_texts)
-            amount = found.scale if isinstance(found, Add) else found.strength
-            own = intervention.scale if isinstance(intervention, Add) else intervention.strength
-            self.say(f"match   {organism}: random vector at {amount / own:.3g} x, KL {reached:.3g} for {target:.3g} nats per token")
-            return {"factor": amount / own, "target": target, "reached": reached}
+                m = effect_matched(self.model(organism), intervention, seed, self.effect_texts)
+            what = f"random vector at {m.amount:.3g} x" if isinstance(intervention, Add) else f"{m.amount:.0f} random dimensions"
+            self.say(f"match   {organism}: {what}, KL {m.reached:.3g} for {m.target:.3g} nats per token")
+            return {"amount": m.amount, "target": m.target, "reached": m.reached}
 
-        return scaled(with_direction(intervention, null), self.store.fact(key, "extract", match)["factor"])
+        return matched_null(intervention, self.store.fact(key, "extract", match)["amount"], seed)
 
     def kl(self, condition: Condition) -> float:
         """Mean KL(clean || intervened) over the effect texts, nats per token."""
-        key = content_id("kl", condition.organism_id, list(condition.interventions), self.effect_texts)
 
         def measure() -> float:
             with self._timed("extract"):
@@ -381,37 +457,41 @@ class Run:
                     self._clean = (condition.organism_id, answer_logprobs(model, self.effect_texts))
                 return kl_to_clean(model, self._clean[1], self.effect_texts, condition.interventions)
 
-        return self.store.fact(key, "extract", measure)
+        return self.store.fact(self.kl_key(condition), "extract", measure)
+
+    def kl_key(self, condition: Condition) -> str:
+        return content_id("kl", condition.organism_id, list(condition.interventions), self.effect_texts)
 
     _clean: tuple[str, list[torch.Tensor]] | None = None
+    """Organism's weights and its log-probabilities on the effect texts: the latest only."""
 
     @cached_property
     def read_id(self) -> str:
         return content_id(self.direction.content_id, self.layer)
 
     def measure_margins(self, conditions: Sequence[tuple[Arm, Condition]]) -> None:
-        """Margins of every held-out pair under every condition that lacks them, organism by organism."""
+        """Margins of every held-out pair under every condition that lacks some, organism by organism.
+
+        A condition's pairs are computed together, so that their last digits do not depend on where an earlier run was killed.
+        """
         known = self.store.margins(self.read_id)
-        data_ids = [content_id(p) for p in self.pairs]
-        total = len(conditions) * len(self.pairs)
-        done = sum((c.content_id, d) in known for _, c in conditions for d in data_ids)
-        for organism in dict.fromkeys(a.organism for a, _ in conditions):
-            mine = [c for a, c in conditions if a.organism == organism]
-            absent = {(i, j) for i, c in enumerate(mine) for j, d in enumerate(data_ids) if (c.content_id, d) not in known}
-            if not absent:
-                continue
+        data_ids = {p.id: content_id(p) for p in self.pairs}
+        absent = {c.content_id: (a.organism, c) for a, c in conditions if any((c.content_id, d) not in known for d in data_ids.values())}
+        total, done = len(absent) * len(self.pairs), 0
 
-            def keep(m: Any, mine: list[Condition] = mine) -> None:
-                nonlocal done
-                self.store.add_margin(mine[m.condition].content_id, by_pair[m.pair_id], self.read_id, m)
-                done += 1
-                self.advance("margin", done, total)
+        def keep(condition: str, m: Margin) -> None:
+            nonlocal done
+            self.store.add_margin(condition, data_ids[m.pair_id], self.read_id, m)
+            done += 1
+            self.advance("margin", done, total, "")
 
-            by_pair = {p.id: d for p, d in zip(self.pairs, data_ids, strict=True)}
+        for organism in dict.fromkeys(o for o, _ in absent.values()):
+            mine = {i: c for i, (o, c) in absent.items() if o == organism}
             with self._timed("margin"):
-                read = (self.direction, self.layer)
-                margins(self.model(organism), self.pairs, [c.interventions for c in mine], read=read, only=absent, on_margin=keep)
-            self.say(f"margin  {organism}: {len(absent)} margins")
+                model = self.model(organism)
+                for i, c in mine.items():
+                    margins(model, self.pairs, [c.interventions], read=(self.direction, self.layer), on_margin=partial(keep, i))
+            self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")
 
     def conditions(self) -> list[tuple[Arm, Condition]]:
         """Every arm with its interventions built; the direction must have been read."""
@@ -422,40 +502,62 @@ class Run:
         order = list(dict.fromkeys(a.organism for a in arms))
         return sorted(arms, key=lambda a: order.index(a.organism))
 
+    @property
+    def plain(self) -> list[tuple[Arm, Condition]]:
+        """The arms that exist before the direction has been read."""
+        return [(a, self.condition(a)) for a in self.arms if not a.needs_direction]
+
+    def groups(self, conditions: Sequence[tuple[Arm, Condition]]) -> list[list[Request]]:
+        """What is asked under each condition."""
+        return [self.requests([pair]) for pair in conditions]
+
     def go(self) -> None:
         """Do everything that is not done yet."""
-        start = time.perf_counter()
         self.train_all()
-        plain = [(a, self.condition(a)) for a in self.arms if not a.needs_direction]
         source = self.spec.direction.source
-        first = [(c.organism, r, "main") for a, c in plain for r in self.requests([(a, c)])]
-        first += [(source, r, "direction") for r in self.own_requests(source)]
-        self.sample(sorted(first, key=lambda w: [c.organism for _, c in plain].index(w[0])))
-        self.judge_all([r.id for _, r, _ in first])
-        for organism in self.spec.organisms:
-            for reader in dict.fromkeys((organism, "chat")):
-                self.extraction(organism, reader)
+        plain, own = self.groups(self.plain), self.own_requests(source)
+        first = [(a.organism, r, "main") for (a, _), g in zip(self.plain, plain, strict=True) for r in g]
+        at = next(i for i, (o, _, _) in enumerate(first) if o == source)
+        first[at:at] = [(source, r, "direction") for r in own]
+        self.sample(first)
+        self.judge_all([[r.id for r in g] for g in (*plain, own)])
+        for organism in (source, *self.spec.organisms):
+            for reader in (organism, "chat"):
+                self.reading(organism, reader)
+        for organism, why in self.unread.items():
+            self.say(f"extract {organism}: no direction of its own ({why})")
         conditions = self.conditions()
-        self.sample([(a.organism, r, "main") for a, c in conditions for r in self.requests([(a, c)])])
-        self.judge_all([r.id for a, c in conditions for r in self.requests([(a, c)])])
+        asked = self.groups(conditions)
+        self.sample([(a.organism, r, "main") for (a, _), g in zip(conditions, asked, strict=True) for r in g])
+        self.judge_all([[r.id for r in g] for g in asked])
         for _, condition in conditions:
             if condition.interventions:
                 self.kl(condition)
         self.measure_margins(conditions)
-        self.seconds["all"] = time.perf_counter() - start
 
-    def _timed(self, stage: str) -> _Timer:
-        return _Timer(self.seconds, stage)
+    def _timed(self, stage: str) -> AbstractContextManager[Any]:
+        """Count the body's time for a stage; every piece is kept as it ends, so that a killed run's counts too."""
+        return _Timer(self.store, stage) if self.compute else nullcontext()
 
 
 class _Timer:
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self.seconds, self.stage = seconds, stage
+    def __init__(self, store: Store, stage: str) -> None:
+        self.store, self.stage = store, stage
 
     def __enter__(self) -> None:
         self.start = time.perf_counter()
 
-    def __exit__(self, *exc: object) -> None:
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if kind is None:
+            self.store.add_seconds(self.stage, time.perf_counter() - self.start)
 
 
+def depth_of(base: str) -> int:
+    """Number of decoder blocks of a base, from its config. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
+        return int(config.get_text_config().num_hidden_layers)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise ModelError(f"{base}: its config.json cannot be read as a decoder's ({error}); give a Hugging Face model folder") from error

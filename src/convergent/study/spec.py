@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from convergent.errors import StudyError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NOT_PATHS = frozenset({"embedded", "open_eight", "published_eight", "bundled"})
 
 
 class _Spec(BaseModel):
@@ -221,16 +222,18 @@ def _located(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
     """`data` with every path that exists beside the study file made absolute, so that the folder can be reported on from anywhere."""
 
     def located(value: Any) -> Any:
-        if not isinstance(value, str) or ":" in value or not value:
+        if not isinstance(value, str) or not value or ":" in value or value in _NOT_PATHS:
             return value
-        beside = folder / Path(value).expanduser()
-        here = Path(value).expanduser()
-        return str((beside if beside.exists() else here).resolve()) if beside.exists() or here.exists() else value
+        given = Path(value).expanduser()
+        try:
+            return next((str(p.resolve()) for p in (folder / given, given) if p.exists()), value)
+        except (OSError, ValueError):  # a name that no file can have
+            return value
 
     def changed(block: Any, *keys: str) -> Any:
         if not isinstance(block, dict):
             return block
-        return {k: [located(v) for v in value] if k in keys and isinstance(value, list) else located(value) if k in keys else value for k, value in block.items()}
+        return {k: v if k not in keys else [located(x) for x in v] if isinstance(v, list) else located(v) for k, v in block.items()}
 
     data = changed(data, "base")
     for name, keys in {"questions": ("file",), "judge": ("rubrics",), "margin": ("data",)}.items():
@@ -261,8 +264,8 @@ def _check_blocks(path: Path, spec: StudySpec, blocks: dict[str, Any]) -> None:
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first finding of pydantic as place: finding; mend."""
-    e = error.errors()[0]
+    """The first finding of pydantic as place: finding; mend. A misspelt key goes before the key that is missing for it."""
+    e = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = ".".join(str(p) for p in e["loc"])
     if e["type"] == "extra_forbidden":
         return f"{place}: unknown key{_nearest(str(e['loc'][-1]), _keys_at(model, e['loc'][:-1]))}"
