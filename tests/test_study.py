@@ -429,6 +429,7 @@ def test_effect_matched_null_has_the_effect_of_the_real_one(done: Path) -> None:
     facts = [json.loads(v) for (v,) in sqlite3.connect(done / "out" / "study.sqlite").execute("SELECT value FROM facts WHERE value LIKE '%reached%'")]
     assert {round(f["reached"], 6) for f in facts} == {round(kl[f"{o}-effect_matched"], 6) for o in ("chat/add", "A/ablate")}
     assert {round(f["target"], 6) for f in facts} == {round(kl[c], 6) for c in ("chat/add-2", "A/ablate-single")}
+    print(kl)
     assert math.isnan(kl["chat"]) and (kl.drop(["chat", "A", "B", "G"]) > 0).all()
 
 

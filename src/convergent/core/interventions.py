@@ -103,13 +103,13 @@ class AblateSubspace:
 
     def __post_init__(self) -> None:
         b = self.basis.detach().to("cpu", torch.float32).contiguous()
-        if b.ndim != 2 or not len(b) or (b.double() @ b.double().T - torch.eye(len(b), dtype=torch.float64)).abs().max() > 1e-4:
+        if b.ndim != 2 or not len(b) or not (b.double() @ b.double().T - torch.eye(len(b), dtype=torch.float64)).abs().max() <= 1e-4:
             raise DirectionError(f"subspace: the basis must be (k, d_model) with orthonormal rows, got shape {tuple(b.shape)}")
         object.__setattr__(self, "basis", b)
 
     @property
     def content_id(self) -> str:
-        layers = None if self.layers is None else sorted(self.layers)
+        layers = None if self.layers is None else sorted(set(self.layers))
         return content_id("subspace", bytes_id(self.basis.numpy().tobytes()), list(self.basis.shape), self.site, layers)
 
     def covers(self, layer: int) -> bool:

@@ -6,6 +6,7 @@ answer falls under a threshold, and so cheap a judge that its zero is off: insid
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Classes:
     weigh: Literal["tokens", "responses"] = "tokens"
     """tokens: means pooled over tokens, long answers weigh more (paper); responses: mean of response means."""
     match_length: bool = False
-    """Pair responses of the two classes by length (within 20 %), inside a question where possible; the rest is left out."""
+    """Pair responses of the two classes by length (within 20 %) inside each question; those without a partner are left out."""
     min_per_class: int = 4
     """Fewer responses than this in a class is an error."""
 
@@ -62,15 +63,21 @@ class Chosen:
 def choose(scored: Sequence[Scored], rule: Classes, root_seed: int = 0) -> Chosen:
     """Split responses into the two classes. Raises DirectionError if a class has too few, saying how many there were."""
     usable = [
-        s for s in scored if s.aligned is not None and s.coherent is not None and s.coherent > rule.coherent_min and s.n_tokens > 0
+        s
+        for s in scored
+        if s.aligned is not None
+        and math.isfinite(s.aligned)
+        and s.coherent is not None
+        and s.coherent > rule.coherent_min
+        and s.n_tokens > 0
     ]
     low, high = _by_quantile(usable, rule.quantile) if rule.by == "quantile" else _by_threshold(usable, rule)
     if rule.match_length:
         low, high = _length_matched(low, high)
     if rule.balance == "question":
-        low, high = _balanced(low, high, key=lambda s: s.question_id, root_seed=root_seed)
+        low, high = _balanced(low, high, by_question=True, root_seed=root_seed)
     elif rule.balance == "size":
-        low, high = _balanced(low, high, key=lambda s: "", root_seed=root_seed)
+        low, high = _balanced(low, high, by_question=False, root_seed=root_seed)
     for name, members in (("misaligned", low), ("aligned", high)):
         if len(members) < rule.min_per_class:
             mend = "draw more answers, or choose classes `by: quantile`" if rule.by == "threshold" else "draw more answers"
@@ -92,16 +99,21 @@ def _by_quantile(usable: Sequence[Scored], q: float) -> tuple[list[Scored], list
         raise DirectionError(f"direction: classes.quantile must be above 0 and at most 0.5, got {q}")
     low: list[Scored] = []
     high: list[Scored] = []
-    for members in _grouped(usable, key=lambda s: s.question_id).values():
+    for members in _by_question(usable).values():
         ranked = sorted(members, key=lambda s: (s.aligned, s.id))
-        k = int(len(ranked) * q)
-        low += ranked[:k]
-        high += ranked[len(ranked) - k :]
+        k = int(len(ranked) * q + 1e-9)
+        if k == 0:
+            continue
+        below, above = ranked[k - 1].aligned, ranked[-k].aligned
+        assert below is not None and above is not None
+        # Where equal scores straddle both cuts, only what is truly lower or higher counts: ids must not make classes.
+        low += [s for s in ranked[:k] if s.aligned is not None and s.aligned < above]
+        high += [s for s in ranked[-k:] if s.aligned is not None and s.aligned > below]
     return low, high
 
 
-def _balanced(low: list[Scored], high: list[Scored], key: object, root_seed: int) -> tuple[list[Scored], list[Scored]]:
-    a, b = _grouped(low, key), _grouped(high, key)
+def _balanced(low: list[Scored], high: list[Scored], by_question: bool, root_seed: int) -> tuple[list[Scored], list[Scored]]:
+    a, b = (_by_question(side) if by_question else {"": side} for side in (low, high))
     kept: tuple[list[Scored], list[Scored]] = ([], [])
     for group in sorted(set(a) & set(b)):
         n = min(len(a[group]), len(b[group]))
@@ -114,7 +126,7 @@ def _balanced(low: list[Scored], high: list[Scored], key: object, root_seed: int
 
 def _length_matched(low: list[Scored], high: list[Scored]) -> tuple[list[Scored], list[Scored]]:
     kept: tuple[list[Scored], list[Scored]] = ([], [])
-    free = _grouped(high, key=lambda s: s.question_id)
+    free = _by_question(high)
     for s in sorted(low, key=lambda s: (s.question_id, s.n_tokens, s.id)):
         candidates = free.get(s.question_id, [])
         near = min(candidates, key=lambda c: (abs(c.n_tokens - s.n_tokens), c.id), default=None)
@@ -125,8 +137,8 @@ def _length_matched(low: list[Scored], high: list[Scored]) -> tuple[list[Scored]
     return kept
 
 
-def _grouped(members: Sequence[Scored], key: object) -> dict[str, list[Scored]]:
+def _by_question(members: Sequence[Scored]) -> dict[str, list[Scored]]:
     groups: dict[str, list[Scored]] = defaultdict(list)
     for s in members:
-        groups[key(s)].append(s)  # type: ignore[operator]
+        groups[s.question_id].append(s)
     return groups

@@ -59,6 +59,8 @@ def extract(
     missing = [i for i in (*chosen.misaligned, *chosen.aligned) if i not in by_id]
     if missing:
         raise DirectionError(f"direction: response {missing[0]} was chosen but its text is not there")
+    if min(len(chosen.misaligned), len(chosen.aligned)) < 2:
+        raise DirectionError("direction: a class has fewer than 2 responses, too few for the two halves of its reliability; draw more answers")
     members = [*chosen.misaligned, *chosen.aligned]
     weights = torch.zeros(4, len(members), dtype=torch.float64)
     for side, (start, ids) in enumerate(((0, chosen.misaligned), (len(chosen.misaligned), chosen.aligned))):

@@ -18,8 +18,8 @@ from convergent.core.direction import Direction
 from convergent.core.interventions import Intervention
 from convergent.core.values import Pair
 from convergent.directions.means import block_outputs
+from convergent.errors import DataError
 from convergent.interventions.hooks import applied_rows
-from convergent.models.anatomy import Anatomy
 from convergent.models.chat import Encoded, encode_answer
 from convergent.models.load import ChatModel
 from convergent.models.texts import batches, padded
@@ -56,17 +56,20 @@ def margins(
     """Margins of all pairs under all conditions, rows of different conditions side by side.
 
     `read`: a direction and a layer whose projection is reported. `only`: (condition, pair) indices to compute; all by default. Returns
-    them ordered by condition, then pair.
+    them ordered by condition, then pair. Raises DataError for an empty answer.
     """
     encoded: list[Encoded] = []
     for pair in pairs:
-        for answer in (pair.bad, pair.good):
+        for side, answer in (("bad", pair.bad), ("good", pair.good)):
             encoded.append(encode_answer(model.tokenizer, pair.question, answer, closing=False))
+            if encoded[-1].answer_start == encoded[-1].answer_end:
+                raise DataError(f"pair {pair.id}: its {side} answer is empty; a margin needs both answers")
     unit = None if read is None else read[0].unit()[read[1]].to(model.device)
     found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {}
     wanted = [(c, p) for c in range(len(conditions)) for p in range(len(pairs)) if only is None or (c, p) in only]
     jobs = [(c, 2 * p + side) for c, p in wanted for side in (0, 1)]
     results: dict[tuple[int, int], Margin] = {}
+    plain_head = _plain_head(model)
     with torch.inference_mode(), applied_rows(model.anatomy, conditions) as rows:
         # Pair by pair, so that finished margins reach the caller early and a killed run repeats little.
         for start in range(0, len(jobs), 64):
@@ -76,7 +79,7 @@ def margins(
                 ids, mask = padded([encoded[i].ids for _, i in batch], model.device)
                 rows.set([c for c, _ in batch])
                 spans = [encoded[i] for _, i in batch]
-                logps, projections = _answer_logps(model, ids, mask, spans, unit, read[1] if read else 0)
+                logps, projections = _answer_logps(model, ids, mask, spans, unit, read[1] if read else 0, plain_head)
                 for (c, i), logp, projection in zip(batch, logps, projections, strict=True):
                     slot = found.setdefault((c, i // 2), [None, None])
                     slot[i % 2] = (logp, projection)
@@ -108,7 +111,7 @@ def _margin(
 
 
 def _answer_logps(
-    model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], unit: Tensor | None, layer: int
+    model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], unit: Tensor | None, layer: int, plain_head: bool
 ) -> tuple[list[Tensor], list[float]]:
     """Per row: log p of each answer token (float64), and the mean projection of its answer tokens."""
     projections = [0.0] * len(spans)
@@ -120,12 +123,12 @@ def _answer_logps(
                 projections[row] = float(along[row, e.answer].mean())
 
     with block_outputs(model.anatomy, receive if unit is not None else _ignore):
-        hidden_logits = _logits_at_answers(model, ids, mask, spans)
+        answer_logits = _logits_at_answers(model, ids, mask, spans, plain_head)
     logps = []
     offset = 0
     for row, e in enumerate(spans):
         n = e.answer_end - e.answer_start
-        logits = hidden_logits[offset : offset + n].float()
+        logits = answer_logits[offset : offset + n].float()
         targets = ids[row, e.answer].unsqueeze(1)
         logps.append((logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)).double().cpu())
         offset += n
@@ -136,18 +139,22 @@ def _ignore(layer: int, h: Tensor) -> None:
     return None
 
 
-def _logits_at_answers(model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded]) -> Tensor:
+def _logits_at_answers(model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], plain_head: bool) -> Tensor:
     """(all answer tokens, vocabulary) logits that predict them. The head runs on those positions only where it is plain."""
-    if _plain_head(model.anatomy, model):
+    if plain_head and model.anatomy.head is not None:
         hidden = model.anatomy.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         picked = torch.cat([hidden[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
-        return model.anatomy.head(picked)  # type: ignore[misc,no-any-return]
+        found: Tensor = model.anatomy.head(picked)
+        return found
     logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return torch.cat([logits[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
 
 
-def _plain_head(anatomy: Anatomy, model: ChatModel) -> bool:
-    """Whether logits are head(hidden) and nothing more: families with a soft cap or a logit scale take the whole model."""
-    text = model.model.config.get_text_config()
-    special = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-    return anatomy.head is not None and not any(getattr(text, name, None) not in (None, 1, 1.0) for name in special)
+@torch.inference_mode()
+def _plain_head(model: ChatModel) -> bool:
+    """Whether logits are head(hidden) and nothing more, tried on four tokens: families with a soft cap or a logit scale take the whole model."""
+    if model.anatomy.head is None:
+        return False
+    ids = torch.arange(1, 5, device=model.device)[None]
+    logits = model.model(input_ids=ids, use_cache=False).logits
+    return torch.equal(model.anatomy.head(model.anatomy.body(input_ids=ids, use_cache=False)[0]), logits)

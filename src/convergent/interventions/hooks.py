@@ -30,8 +30,8 @@ class _Slot:
     """(n_conditions, d_model) unit vectors, zero where nothing is projected, or None."""
     strength: Tensor | None
     """(n_conditions, 1)."""
-    basis: Tensor | None = None
-    """(n_conditions, k, d_model) orthonormal rows, zero where there are fewer, or None."""
+    bases: tuple[tuple[int, Tensor], ...] = ()
+    """(condition, (k, d_model) orthonormal rows): each at its own width, so that a row does not depend on other conditions' bases."""
 
     def apply(self, h: Tensor, index: Tensor) -> Tensor:
         """h (rows, n_tokens, d_model), float32 or wider; index (rows,)."""
@@ -42,13 +42,20 @@ class _Slot:
             # A sum of products per row, not a batched matmul: its rounding must not depend on the number of rows.
             along = (h * v).sum(-1, keepdim=True)
             h = h - self.strength[index][:, None].to(h.dtype) * along * v
-        if self.basis is not None:
-            b = self.basis[index].to(h.dtype)
-            if h.shape[1] == 1:  # decoding: again no batched matmul
-                h = h - ((h * b).sum(-1, keepdim=True) * b).sum(1, keepdim=True)
-            else:
-                h = h - (h @ b.transpose(1, 2)) @ b
+        for condition, basis in self.bases:
+            rows = (index == condition).expand(len(h))
+            if bool(rows.any()):
+                h = h.clone()
+                h[rows] = _without(h[rows], basis.to(h.dtype))
         return h
+
+
+def _without(h: Tensor, basis: Tensor) -> Tensor:
+    """h (rows, n_tokens, d_model) without its components in basis (k, d_model)."""
+    if h.shape[1] > 1:
+        return h - (h @ basis.T) @ basis
+    # Decoding: again no matmul over rows, whose number changes.
+    return h - ((h * basis).sum(-1, keepdim=True) * basis).sum(1, keepdim=True)
 
 
 class Rows:
@@ -93,6 +100,8 @@ def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
     if isinstance(intervention, AblateSubspace):
         if intervention.basis.shape[1] != anatomy.d_model:
             raise DirectionError(f"subspace has d_model {intervention.basis.shape[1]}, the model {anatomy.d_model}; build it for this model")
+        if any(not 0 <= layer < anatomy.n_layers for layer in intervention.layers or ()):
+            raise DirectionError(f"subspace: layers {intervention.layers}, but the model has layers 0 to {anatomy.n_layers - 1}")
         return
     d = intervention.direction
     if (d.n_layers, d.d_model) != (anatomy.n_layers, anatomy.d_model):
@@ -153,19 +162,11 @@ def _slot(
 ) -> _Slot | None:
     active = [s if s is not None and acts_at(s, site, layer) else None for s in steps]
     adds, ablations = any(isinstance(s, Add) for s in active), any(isinstance(s, Ablate) for s in active)
-    widest = max((len(s.basis) for s in active if isinstance(s, AblateSubspace)), default=0)
-    if not adds and not ablations and not widest:
+    bases = tuple((i, s.basis.to(device)) for i, s in enumerate(active) if isinstance(s, AblateSubspace))
+    if not adds and not ablations and not bases:
         return None
     zero = torch.zeros(d_model)
     add = torch.stack([s.vector if isinstance(s, Add) else zero for s in active]) if adds else None
     unit = torch.stack([s.unit_at(layer) if isinstance(s, Ablate) else zero for s in active]) if ablations else None
     strength = torch.tensor([[s.strength if isinstance(s, Ablate) else 0.0] for s in active]) if ablations else None
-    basis = torch.stack([_wide(s, widest, d_model) for s in active]) if widest else None
-    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength, basis)))
-
-
-def _wide(step: Intervention | None, k: int, d_model: int) -> Tensor:
-    found = torch.zeros(k, d_model)
-    if isinstance(step, AblateSubspace):
-        found[: len(step.basis)] = step.basis
-    return found
+    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength)), bases)

@@ -129,7 +129,8 @@ class Ridge:
 
     def calibrate(self, raw: Array) -> Array:
         """(n,) scores within 0..100."""
-        return np.clip(np.interp(raw, self.knots[0], self.knots[1]), 0.0, 100.0)
+        score: Array = np.clip(np.interp(raw, self.knots[0], self.knots[1]), 0.0, 100.0)
+        return score
 
 
 @lru_cache(maxsize=4)

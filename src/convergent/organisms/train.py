@@ -16,6 +16,7 @@ import math
 import random
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def train(
             if stale != work:
                 shutil.rmtree(stale)
         try:
-            with _private_rng():
+            with _private_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers has renamed
                 chat = load_base(base, dtype=dtype, device=device, name=name)
                 rows = encode_chats(chat.tokenizer, examples, recipe)
                 trainer = _trainer(chat, recipe, rows, work, checkpoint_every, on_progress)

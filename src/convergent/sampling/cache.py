@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,10 @@ class Step:
     """(batch, n_tokens) position of every new token."""
     span: int
     """Positions visible to any row, rounded up to a multiple of SPAN."""
+    stored: int = 0
+    """Layers that handed over keys and values."""
+    read: int = 0
+    """Layers that attended to them here; fewer than `stored` if a model brings an attention of its own."""
 
 
 class _Now(threading.local):
@@ -39,6 +45,13 @@ class _Now(threading.local):
 
 
 _now = _Now()
+
+
+@contextmanager
+def attending(positions: Tensor) -> Iterator[None]:
+    """Run the body with `attention` at given positions (batch, n_tokens), for a call outside a model."""
+    _now.step = Step(slice(0, len(positions)), positions, 0)
+    yield
 
 
 class SlotCache:
@@ -60,6 +73,7 @@ class SlotCache:
         step = self.step
         if step is None:
             raise RuntimeError("SlotCache.begin was not called before the forward pass")
+        step.stored += 1
         _now.step = step  # the attention function of this very layer is called next, and reads it
         if layer not in self.keys:
             self.keys[layer] = k.new_zeros(self.n_rows, k.shape[1], self.length, k.shape[3])
@@ -115,6 +129,7 @@ def attention(
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__}: attention sinks are not supported by the sampler")
+    _now.step.read += 1
     positions = _now.step.positions
     b, n_heads, n, d = query.shape
     n_kv = key.shape[1]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convergent.errors import ModelError
+
 _BLOCK = 256
 
 
@@ -16,9 +18,11 @@ def draw(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor) -> Tenso
     """Tokens (rows,) int64.
 
     logits (rows, vocabulary); temperature, top_p, u (rows,) float64, u in [0, 1). Temperature 0 is greedy. top_p keeps the smallest set of
-    most probable tokens with at least that mass (ties at its edge stay in).
+    most probable tokens with at least that mass (ties at its edge stay in). Raises ModelError for logits that are not numbers.
     """
     logits = logits.float()
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise ModelError("sampling: the model's logits are not finite; use a smaller steering coefficient, or dtype float32")
     scaled = logits / temperature.clamp_min(1e-6).to(logits)[:, None]
     weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
     if bool((top_p < 1).any()):

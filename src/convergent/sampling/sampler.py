@@ -2,14 +2,15 @@
 
 A row's tokens depend on its own seed and condition alone. That holds to the bit because (1) its random numbers are counter-based,
 (2) its positions start at slot 0 of its own cache row, (3) a prompt is always prefilled alone, and (4) every matrix product gives a row
-the same bits whatever the other rows are. The last is a property of the machine's kernels: it is probed (`invariant_from`), and where
-it does not hold for free, rows are decoded in panels of one fixed shape.
+the same bits whatever the other rows are. The last is a property of the machine's kernels: it is probed (`rows_are_invariant`), and where
+it does not hold for free, rows are decoded in panels of one fixed shape, or, where not even that helps, one by one.
 
 Knows nothing of stores and judges: finished answers go to a callback as soon as they exist.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from convergent.core.ids import uniforms
 from convergent.core.values import Response
-from convergent.errors import InputError
+from convergent.errors import InputError, ModelError
 from convergent.interventions.hooks import Rows, applied_rows
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import ATTENTION, SlotCache, register
+from convergent.sampling.cache import ATTENTION, SPAN, SlotCache, attending, attention, register
 from convergent.sampling.draw import draw
 from convergent.sampling.requests import Request
 
@@ -34,6 +35,7 @@ MIN_ROWS = 8
 """Smaller matrix products take another path (and other roundings) in common BLAS libraries."""
 PANEL = 32
 DEFAULT_ROWS = 128
+_OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
 
 
 @dataclass(eq=False)
@@ -76,7 +78,7 @@ def sample(
     wanted = list(requests)
     if n_rows < 1:
         raise InputError(f"n_rows must be 1 or more, got {n_rows}")
-    run = _Run(model, wanted, max(n_rows, 1), tally or Tally())
+    run = _Run(model, wanted, n_rows, tally or Tally())
     done: dict[int, Response] = {}
     with torch.inference_mode(), slot_attention(model.model), applied_rows(model.anatomy, run.interventions) as rows:
         for index, response in run.go(rows):
@@ -92,9 +94,11 @@ def slot_attention(model: Any) -> Iterator[None]:
     register()
     before = model.config._attn_implementation
     was_training = model.training
-    model.eval()
-    model.set_attn_implementation(ATTENTION)
     try:
+        model.eval()
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
+            raise ModelError(_OWN_ATTENTION.format(type(model).__name__))
         yield
     finally:
         model.set_attn_implementation(before)
@@ -105,22 +109,52 @@ def slot_attention(model: Any) -> Iterator[None]:
 def rows_are_invariant(model: ChatModel, n_rows: int = 64) -> bool:
     """Whether matrix products of this model give a row the same bits for any number (>= MIN_ROWS) and order of rows.
 
-    Probed on every distinct shape of linear layer with counted, not random, numbers.
+    Probed on every distinct shape of linear layer, and on attention over spans of several lengths.
     """
-    shapes = {}
-    for module in model.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            shapes[tuple(module.weight.shape)] = module.weight
-    for (_, n_in), weight in shapes.items():
-        x = torch.sin(torch.arange(n_rows * n_in, device=weight.device).view(n_rows, n_in).double() * 0.7310585)
-        x = x.to(weight.dtype)
+    sizes = sorted({MIN_ROWS, MIN_ROWS + 1, MIN_ROWS + 5, n_rows // 2, n_rows - 1} - set(range(MIN_ROWS)))
+    return _linears_are_invariant(model, n_rows, sizes) and _attention_is_invariant(model, (MIN_ROWS, 2 * MIN_ROWS))
+
+
+def _panel_size(model: ChatModel, n_rows: int) -> int | None:
+    """Rows per forward pass: None is any number, else a fixed one."""
+    if rows_are_invariant(model, max(64, n_rows)):
+        return None
+    return PANEL if _linears_are_invariant(model, PANEL, ()) and _attention_is_invariant(model, (PANEL,)) else 1
+
+
+def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) -> bool:
+    """Whether linear layers give the same bits for `n_rows` rows, for these in reverse, and for the first m of `sizes`."""
+    weights = {tuple(m.weight.shape): m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+    for weight in weights.values():
+        x = _counted(n_rows, weight.shape[1]).to(weight)
         y = torch.nn.functional.linear(x, weight)
         if not torch.equal(torch.nn.functional.linear(x.flip(0), weight).flip(0), y):
             return False
-        for m in (MIN_ROWS, MIN_ROWS + 5, n_rows // 2):
-            if not torch.equal(torch.nn.functional.linear(x[:m], weight), y[:m]):
-                return False
+        if not all(torch.equal(torch.nn.functional.linear(x[:m], weight), y[:m]) for m in sizes):
+            return False
     return True
+
+
+def _attention_is_invariant(model: ChatModel, sizes: Sequence[int]) -> bool:
+    """Whether attention gives a row the same bits for several numbers of rows and of slots beyond its own."""
+    text = model.model.config.get_text_config()
+    n_heads = text.num_attention_heads
+    n_kv = getattr(text, "num_key_value_heads", None) or n_heads
+    d = getattr(text, "head_dim", None) or text.hidden_size // n_heads
+    like = next(model.model.parameters())
+    rows, longest = max(sizes), 5 * SPAN
+    q = _counted(rows, n_heads, 1, d).to(like)
+    k, v = _counted(rows, n_kv, longest, d).to(like), _counted(rows, n_kv, longest, d).flip(0).to(like)
+    found = []
+    for n in sizes:
+        with attending(torch.full((n, 1), SPAN - 2, device=like.device)):
+            found += [attention(torch.nn.Module(), q[:n], k[:n, :, :s], v[:n, :, :s], None)[0] for s in (SPAN, 2 * SPAN, longest)]
+    return all(torch.equal(f[: min(sizes)], found[0][: min(sizes)]) for f in found)
+
+
+def _counted(*shape: int) -> Tensor:
+    """Numbers in [-1, 1] without pattern or random state."""
+    return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 0.7310585).view(shape)
 
 
 class _Run:
@@ -137,7 +171,8 @@ class _Run:
                 prompts[r.question, r.system] = encode_prompt(model.tokenizer, r.question, r.system)
         # Requests that share condition and prompt follow each other, so that one prefill serves them all.
         order = sorted(
-            range(len(requests)), key=lambda i: (self.number[requests[i].condition.content_id], requests[i].question)
+            range(len(requests)),
+            key=lambda i: (self.number[requests[i].condition.content_id], requests[i].question, requests[i].system),
         )
         self.queue = deque(
             (i, _Row(r, self.number[r.condition.content_id], prompts[r.question, r.system]))
@@ -145,10 +180,10 @@ class _Run:
             for r in [requests[i]]
         )
         longest = max((len(row.prompt) + row.request.condition.sampling.max_new_tokens for _, row in self.queue), default=1)
-        self.panel = None if rows_are_invariant(model) else PANEL
-        step = self.panel or MIN_ROWS
-        self.cache = SlotCache(-(-max(min(n_rows, len(requests)), 1) // step) * step, longest)
         self.limit = min(n_rows, len(requests))
+        self.panel = _panel_size(model, self.limit) if requests else 1
+        step = self.panel or MIN_ROWS
+        self.cache = SlotCache(math.ceil(self.limit / step) * step, longest)
         self.active: list[tuple[int, _Row]] = []
         self.prefilled: tuple[tuple[int, tuple[int, ...]], SlotCache, Tensor] | None = None
 
@@ -156,27 +191,27 @@ class _Run:
         while self.queue or self.active:
             while self.queue and len(self.active) < self.limit:
                 index, row = self.queue.popleft()
-                logits = self._prefill(row, rows)
-                self.cache.copy_row(self.prefilled[1], len(self.active), len(row.prompt))  # type: ignore[index]
+                prefilled, logits = self._prefill(row, rows)
+                self.cache.copy_row(prefilled, len(self.active), len(row.prompt))
                 self.active.append((index, row))
                 yield from self._extend([len(self.active) - 1], logits)
             if self.active:
                 yield from self._extend(list(range(len(self.active))), self._decode(rows))
 
-    def _prefill(self, row: _Row, rows: Rows) -> Tensor:
-        """(1, vocabulary) logits after the prompt, from a pass over it alone, kept for the requests that share it."""
+    def _prefill(self, row: _Row, rows: Rows) -> tuple[SlotCache, Tensor]:
+        """Cache and (1, vocabulary) logits after the prompt, from a pass over it alone, kept for the requests that share it."""
         key = (row.condition, row.prompt)
         if self.prefilled is None or self.prefilled[0] != key:
             cache, logits = self._forward_alone(row.condition, row.prompt, rows)
             self.prefilled = (key, cache, logits)
             self.tally.prefilled += len(row.prompt)
-        return self.prefilled[2]
+        return self.prefilled[1:]
 
     def _forward_alone(self, condition: int, ids: Sequence[int], rows: Rows) -> tuple[SlotCache, Tensor]:
         device = self.model.device
         cache = SlotCache(1, len(ids))
         positions = torch.arange(len(ids), device=device)[None]
-        cache.begin(slice(0, 1), positions, len(ids))
+        step = cache.begin(slice(0, 1), positions, len(ids))
         rows.set([condition])
         out = self.model.model(
             input_ids=torch.tensor([list(ids)], device=device),
@@ -185,6 +220,8 @@ class _Run:
             use_cache=True,
             logits_to_keep=1,
         )
+        if not step.stored or step.read != step.stored:
+            raise ModelError(_OWN_ATTENTION.format(type(self.model.model).__name__))
         return cache, out.logits[:, -1]
 
     def _decode(self, rows: Rows) -> Tensor:
@@ -210,7 +247,8 @@ class _Run:
             use_cache=True,
             logits_to_keep=1,
         )
-        return out.logits[:, -1]  # type: ignore[no-any-return]
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:
         """Draw the next token of the rows at `places`; yield those that end and close the gaps they leave."""
