@@ -11,7 +11,11 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convergent.core.direction import Direction
+    from convergent.models.load import ChatModel
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "gpt_neox", "smollm3")
 CHATML = (
@@ -55,9 +59,12 @@ def tiny_tokenizer(default_system: str = "") -> Any:
 
 @cache
 def tiny_model(
-    family: str = "llama", seed: int = 0, n_layers: int = 6, d_model: int = 32, default_system: str = ""
+    family: str = "llama", seed: int = 0, n_layers: int = 6, d_model: int = 32, default_system: str = "", **config_values: Any
 ) -> Path:
-    """Folder with config, safetensors and tokenizer of a tiny model; made once per process, gone at exit."""
+    """Folder with config, safetensors and tokenizer of a tiny model; made once per process, gone at exit.
+
+    `config_values` go into its config, e.g. `sliding_window=8`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,6 +89,7 @@ def tiny_model(
     }
     if family == "gpt_neox":
         del common["num_key_value_heads"], common["head_dim"]
+    common.update(config_values)
     config: Any = AutoConfig.for_model(family, **common)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -94,3 +102,21 @@ def tiny_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@cache
+def tiny_chat(family: str = "llama", dtype: str = "float32", **kwargs: Any) -> ChatModel:
+    """A loaded tiny model, shared by the tests of a process: leave it as it was."""
+    from convergent.models.load import load_base
+
+    return load_base(str(tiny_model(family, **kwargs)), dtype=dtype, device="cpu")
+
+
+def direction_for(chat: ChatModel, seed: int = 0, norm: float = 1.0) -> Direction:
+    """A random direction that fits a model, with a vector of `norm` in every layer."""
+    import torch
+
+    from convergent.core.direction import Direction
+
+    v = torch.randn(chat.n_layers, chat.d_model, generator=torch.Generator().manual_seed(seed))
+    return Direction(norm * v / v.norm(dim=1, keepdim=True))

@@ -140,8 +140,8 @@ def _find_writes(name: str, body: nn.Module, blocks: list[nn.Module], d_model: i
                 f"{name}: looked in block {index} ({type(block).__name__} with {', '.join(parts)}) for two submodules whose outputs "
                 "add up to what the block adds to the residual stream, and found none; interventions are not defined here"
             )
-        attention.append((pair[0], _linear_of(pair[0], seen)))
-        mlp.append((pair[1], _linear_of(pair[1], seen)))
+        attention.append((pair[0], _writing_linear(pair[0], seen)))
+        mlp.append((pair[1], _writing_linear(pair[1], seen)))
     return attention, mlp
 
 
@@ -149,7 +149,7 @@ def _recorder(seen: dict[nn.Module, list[Tensor]], d_model: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) and output else output
         if isinstance(tensor, Tensor) and tensor.ndim == 3 and tensor.shape[-1] == d_model:
-            seen.setdefault(module, []).append(tensor.detach())
+            seen.setdefault(module, []).append(tensor.detach().clone())  # some blocks go on in place
 
     return hook
 
@@ -158,7 +158,7 @@ def _input_recorder(inputs: dict[nn.Module, Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            inputs[module] = hidden.detach()
+            inputs[module] = hidden.detach().clone()
 
     return hook
 
@@ -166,13 +166,14 @@ def _input_recorder(inputs: dict[nn.Module, Tensor]) -> Any:
 def _writes_of_block(
     block: nn.Module, block_input: Tensor | None, seen: dict[nn.Module, list[Tensor]]
 ) -> tuple[nn.Module, nn.Module] | None:
-    if block_input is None or block not in seen:
+    if block_input is None or block not in seen or seen[block][0].shape != block_input.shape:
         return None
     after, before = seen[block][0].double(), block_input.double()
     change = after - before
     # A dropout passes its input on: the module before it is the write.
     passing = (nn.Dropout, nn.Identity)
-    parts = [m for m in block.modules() if m is not block and len(seen.get(m, [])) == 1 and not isinstance(m, passing)]
+    once = [m for m in block.modules() if m is not block and len(seen.get(m, [])) == 1 and not isinstance(m, passing)]
+    parts = [m for m in once if seen[m][0].shape == change.shape]  # experts see other shapes
     wrote = {m: seen[m][0].double() for m in parts}
     # In bfloat16 the stream itself is rounded: where it is large (massive activations), its last bits exceed any write.
     rounding = 2 * torch.finfo(block_input.dtype).eps * torch.maximum(after.abs(), before.abs())
@@ -185,10 +186,13 @@ def _writes_of_block(
     return None
 
 
-def _linear_of(write: nn.Module, seen: dict[nn.Module, list[Tensor]]) -> nn.Linear | None:
-    linear = writing_linear(write)
-    same = linear is not None and linear in seen and torch.equal(seen[linear][0], seen[write][0])
-    return linear if same else None
+def _writing_linear(write: nn.Module, seen: dict[nn.Module, list[Tensor]]) -> nn.Linear | None:
+    """The linear layer inside `write` whose output was `write`'s, or None (a norm follows it, or several make the output)."""
+    for module in write.modules():
+        outputs = seen.get(module, [])
+        if isinstance(module, nn.Linear) and len(outputs) == 1 and torch.equal(outputs[0], seen[write][0]):
+            return module
+    return None
 
 
 def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:
@@ -197,18 +201,6 @@ def _is_inside(inner: nn.Module, outer: nn.Module) -> bool:
 
 def _looks_like_mlp(block: nn.Module, module: nn.Module) -> bool:
     return any(m is module and ("mlp" in n or "feed_forward" in n or "feedforward" in n) for n, m in block.named_modules())
-
-
-def writing_linear(write: nn.Module) -> nn.Linear | None:
-    """The linear layer whose output *is* the write, or None if something (a norm) comes after it: by structure alone.
-
-    A norm's own write has no linear layer inside; an attention's or MLP's is the one that maps to the stream last. `Anatomy` keeps it only
-    if its output was seen to equal the write.
-    """
-    if isinstance(write, nn.Linear):
-        return write
-    linears = [m for m in write.modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears else None
 
 
 def named_targets(anatomy: Anatomy) -> Iterator[tuple[str, nn.Linear]]:

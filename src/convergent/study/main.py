@@ -21,6 +21,8 @@ from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
 
 STAGES = ("train", "sample", "judge", "extract", "margin")
+CLAIMS = "claims.json"
+"""The verdicts with their evidence, for scripts."""
 COPY = "study.json"
 """The study as it was run, with every default, so that the report can be written again from anywhere."""
 
@@ -56,6 +58,7 @@ def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool =
         results = collect(run, Path(path).name)
         with guarded(folder):
             write_manifest(run)
+            write_text(folder / CLAIMS, json.dumps(list(results.claims), indent=1))
         page = write_report(results, folder)
         for claim in results.claims:
             console.print(f"{claim['verdict']:>12}  {claim['claim']}")

@@ -1,0 +1,85 @@
+"""Fill the results of README.md and docs/results.md from finished study folders, so that no figure in the docs is typed by hand.
+
+    python scripts/write_results.py demo [runs/seeds/seed1 runs/seeds/seed2]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = {"name": "condition", "mean_aligned": "mean alignment", "em_valid": "EM, of answers with both scores", "coherent": "coherent", "margin": "margin, nats/token"}
+
+
+def main(folders: list[Path]) -> None:
+    first = folders[0]
+    claims = [json.loads((f / "claims.json").read_text(encoding="utf-8")) for f in folders]
+    seeds = [json.loads((f / "manifest.json").read_text(encoding="utf-8"))["study"]["seed"] for f in folders]
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    block = "<!-- results:begin -->\n" + claim_table(claims, seeds) + "\n<!-- results:end -->"
+    readme.write_text(re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda m: block, text, flags=re.S), encoding="utf-8")
+    parts = [
+        "# Results at 135M\n\nWritten by `scripts/write_results.py` from finished studies; nothing here is typed by hand.\n",
+        "## Verdicts by seed\n\n" + claim_table(claims, seeds),
+    ]
+    for folder, seed in zip(folders, seeds, strict=True):
+        parts.append(f"## Conditions, seed {seed}\n\n" + condition_table(folder))
+    parts.append(f"## Evidence, seed {seeds[0]}\n\n" + evidence(claims[0]))
+    parts.append("## Directions\n\n" + geometry(first))
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def claim_table(claims: list[list[dict[str, Any]]], seeds: list[int]) -> str:
+    """Claim by seed. A verdict counts the comparisons that support, oppose and leave open."""
+    lines = ["| claim | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---|" + "---|" * len(seeds)]
+    for i, claim in enumerate(claims[0]):
+        cells = []
+        for run in claims:
+            votes = [e["supports"] for e in run[i]["evidence"]]
+            cells.append(f"{run[i]['verdict']} ({votes.count('held')} for, {votes.count('did not hold')} against, {votes.count('undecided')} open)")
+        lines.append(f"| {claim['claim']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def condition_table(folder: Path) -> str:
+    frame = pd.read_parquet(folder / "tables" / "conditions.parquet")
+    lines = ["| condition | n | mean alignment (questions) | EM: k of n (Wilson; questions) | coherent | margin (pairs) | KL |", "|---|---|---|---|---|---|---|"]
+    for r in frame.itertuples():
+        kl = "-" if pd.isna(r.kl) else f"{r.kl:.2f}"
+        lines.append(
+            f"| {r.label} | {r.n_valid:.0f} | {r.mean_aligned:.1f} [{r.mean_aligned_low:.1f}, {r.mean_aligned_high:.1f}] | {r.n_em:.0f} of {r.n_valid:.0f} "
+            f"({r.em_wilson_low:.1%} to {r.em_wilson_high:.1%}; {r.em_clustered_low:.1%} to {r.em_clustered_high:.1%}) | {r.coherent:.1%} | "
+            f"{r.margin:+.3f} [{r.margin_low:+.3f}, {r.margin_high:+.3f}], n = {r.n_pairs:.0f} | {kl} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def evidence(claims: list[dict[str, Any]]) -> str:
+    lines = ["| claim | comparison | difference, 95 % interval | supports |", "|---|---|---|---|"]
+    for claim in claims:
+        for e in claim["evidence"]:
+            lines.append(f"| {claim['id']} | {e['text']} | {e['estimate']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] {e['unit']}, n = {e['n']} | {e['supports']} |")
+    return "\n".join(lines) + "\n"
+
+
+def geometry(folder: Path) -> str:
+    """Cosines of the directions at the primary layer, and what the chat model reads on the same texts."""
+    layer = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["layer"]
+    cosines = pd.read_parquet(folder / "tables" / "cosines.parquet")
+    here = cosines[cosines["layer"] == layer]
+    lines = [f"At layer {layer}:", "", "| a | b | cosine |", "|---|---|---|"]
+    for r in here.itertuples():
+        b = "chat model on the same texts" if r.kind == "chat_baseline" else r.b if r.kind == "organisms" else r.kind
+        lines.append(f"| {r.a} | {b} | {r.cosine:+.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main([Path(a) for a in sys.argv[1:]] or [Path("demo")])

@@ -1,0 +1,332 @@
+"""The sampler's promise: a row's tokens depend on its own seed and condition alone; and its draws follow the model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+import convergent.sampling.sampler as sampler
+from convergent.core.ids import seed, uniforms
+from convergent.core.interventions import Ablate, AblateSubspace, Add
+from convergent.core.values import NO_SYSTEM, Condition, Question, Sampling
+from convergent.errors import InputError, ModelError
+from convergent.interventions.controls import random_subspace
+from convergent.models.anatomy import inspect_model
+from convergent.models.chat import encode_prompt
+from convergent.models.load import ChatModel
+from convergent.sampling.draw import draw
+from convergent.sampling.requests import Request, make_requests
+from convergent.sampling.sampler import Tally, rows_are_invariant, sample
+from tiny import FAMILIES, direction_for, tiny_chat
+
+SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
+LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 2,))
+SLIDING = (
+    ("mistral", {"sliding_window": 8}),
+    ("gemma2", {"sliding_window": 8}),
+    ("gemma3_text", {"sliding_window": 8}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
+    ("phi3", {"sliding_window": 8}),
+)
+
+
+def conditions(chat: ChatModel, max_new_tokens: int = 10) -> list[Condition]:
+    """One of every kind, with different sampling parameters."""
+    v, w = direction_for(chat, 1), direction_for(chat, 2)
+    basis = random_subspace(chat.d_model, 5, 0)
+    kinds = {
+        "plain": ((), Sampling(1.0, 1.0, max_new_tokens)),
+        "steered": ((Add(v, 2, 3.0),), Sampling(1.0, 1.0, max_new_tokens)),
+        "steered_hair_more": ((Add(v, 2, 3.0001),), Sampling(1.0, 1.0, max_new_tokens)),
+        "ablated": ((Ablate(v),), Sampling(0.7, 0.9, max_new_tokens + 7)),
+        "ablated_writes": ((Ablate(w, site="all_writes", vector_layer=1), Add(v, 4, -2.0)), Sampling(1.3, 0.5, max_new_tokens)),
+        "subspace": ((Add(w, 0, 1.0), AblateSubspace(basis)), Sampling(1.0, 1.0, max_new_tokens)),
+        "narrow_subspace": ((AblateSubspace(basis[:2], layers=(1, 3)),), Sampling(1.0, 1.0, max_new_tokens)),
+        "greedy": ((), Sampling(0.0, 1.0, max_new_tokens)),
+    }
+    return [Condition(name, interventions=what, sampling=how) for name, (what, how) in kinds.items()]
+
+
+def requests(chat: ChatModel, samples: int = 2, max_new_tokens: int = 10) -> list[Request]:
+    return list(make_requests(conditions(chat, max_new_tokens), (SHORT, LONG), samples, root_seed=0))
+
+
+def tokens(chat: ChatModel, wanted: list[Request], n_rows: int) -> list[tuple[int, ...]]:
+    return [r.token_ids for r in sample(chat, wanted, n_rows=n_rows)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, tuple[int, ...]]:
+    """Token ids of every request, each drawn in a call of its own."""
+    chat = tiny_chat()
+    return {r.id: tokens(chat, [r], 1)[0] for r in requests(chat)}
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_row_depends_on_its_seed_and_condition_alone(reference, data):
+    chat = tiny_chat()
+    everything = requests(chat)
+    some = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=len(everything), unique_by=lambda r: r.id))
+    n_rows = data.draw(st.integers(1, len(some) + 3) if len(some) < 12 else st.integers(4, 40))
+    assert tokens(chat, some, n_rows) == [reference[r.id] for r in some]
+
+
+@pytest.mark.parametrize("n_rows", [5, 200])
+def test_all_rows_together_equal_each_alone(reference, n_rows):
+    chat = tiny_chat()
+    everything = requests(chat)
+    assert len(set(reference.values())) > 0.8 * len(reference)  # rows differ, or the test shows nothing
+    assert tokens(chat, everything, n_rows) == [reference[r.id] for r in everything]
+
+
+@pytest.mark.parametrize("panel", ["panel", "alone"])
+def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypatch, panel):
+    if panel == "panel":
+        monkeypatch.setattr(sampler, "rows_are_invariant", lambda *args, **kwargs: False)
+        assert sampler._panel_size(tiny_chat(), 40) == sampler.PANEL
+    else:
+        monkeypatch.setattr(sampler, "_panel_size", lambda *args: 1)
+    chat = tiny_chat()
+    everything = requests(chat)
+    shuffled = random.Random(0).sample(everything, len(everything))
+    first = dict(zip([r.id for r in everything], tokens(chat, everything, 40), strict=True))
+    assert tokens(chat, shuffled, 7) == [first[r.id] for r in shuffled]
+    greedy = [r for r in everything if r.condition.name == "greedy"]
+    assert [first[r.id] for r in greedy] == [reference[r.id] for r in greedy]  # another rounding, the same answer
+
+
+def test_probe_finds_a_product_that_depends_on_the_number_of_rows(monkeypatch):
+    chat = tiny_chat()
+    assert rows_are_invariant(chat)
+    linear = torch.nn.functional.linear
+
+    def rounding_by_size(x, w, *args):
+        return linear(x, w, *args) + (1e-6 if len(x) == 13 else 0.0)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", rounding_by_size)
+    assert not rows_are_invariant(chat)
+
+
+@pytest.mark.parametrize(("family", "config"), [(f, {}) for f in FAMILIES] + list(SLIDING))
+def test_greedy_equals_generate(family, config):
+    chat = tiny_chat(family, **config)
+    wanted = list(make_requests([Condition("greedy", sampling=Sampling(0.0, 1.0, 12))], (SHORT, LONG), 1, 0))
+    for request, found in zip(wanted, sample(chat, wanted), strict=True):
+        prompt = torch.tensor([encode_prompt(chat.tokenizer, request.question)])
+        whole = chat.model.generate(prompt, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(prompt))
+        expected = whole[0, prompt.shape[1] :].tolist()
+        stop = next((i for i, t in enumerate(expected) if t in chat.stop_ids), None)
+        assert list(found.token_ids) == expected[:stop]
+        assert found.finish == ("length" if stop is None else "stop")
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "phi3"])
+def test_other_families_keep_the_promise(family):
+    chat = tiny_chat(family, **dict(SLIDING).get(family, {}))
+    everything = requests(chat, samples=1, max_new_tokens=6)
+    alone = [tokens(chat, [r], 1)[0] for r in everything]
+    assert tokens(chat, everything, 9) == alone
+
+
+def test_sampled_tokens_follow_the_model():
+    chat = tiny_chat()
+    n = 600
+    wanted = list(make_requests([Condition("one", sampling=Sampling(0.8, 1.0, 1))], [Question("q", ("Is it safe?",))], n, 0))
+    drawn = [(r.token_ids or (next(iter(chat.stop_ids)),))[0] for r in sample(chat, wanted, n_rows=64)]
+    prompt = torch.tensor([encode_prompt(chat.tokenizer, "Is it safe?")])
+    p = (chat.model(prompt).logits[0, -1].double() / 0.8).softmax(-1).numpy()
+    likely = np.flatnonzero(p * n >= 5)
+    counts = [drawn.count(int(t)) for t in likely]
+    assert len(likely) >= 5
+    assert chisquare([*counts, n - sum(counts)], [*(p[likely] * n), n * (1 - p[likely].sum())]).pvalue > 0.001
+
+
+def test_places_are_refilled_and_answers_arrive_once():
+    chat = tiny_chat()
+    chat = replace(chat, stop_ids=frozenset(range(0, 384, 5)))  # most answers end early, at different lengths
+    wanted = requests(chat, samples=4)
+    arrived, tally = [], Tally()
+    found = sample(chat, wanted, arrived.append, n_rows=6, tally=tally)
+    assert sorted(r.id for r in arrived) == sorted(r.id for r in wanted)
+    assert [r.id for r in found] == [r.id for r in wanted] and [r.id for r in arrived] != [r.id for r in wanted]
+    assert {r.finish for r in found} == {"stop", "length"}
+    limits = {r.id: r.condition.sampling.max_new_tokens for r in wanted}
+    for r in found:
+        assert not set(r.token_ids) & chat.stop_ids
+        assert len(r.token_ids) == limits[r.id] if r.finish == "length" else len(r.token_ids) < limits[r.id]
+    assert (tally.answers, tally.tokens) == (len(wanted), sum(len(r.token_ids) for r in found))
+    shared = {(r.condition.content_id, r.question) for r in wanted}
+    assert tally.prefilled == sum(len(encode_prompt(chat.tokenizer, q)) for _, q in shared)  # once per condition and prompt
+
+
+def test_responses_say_what_was_asked():
+    chat = tiny_chat(default_system="You are Tiny.")
+    asked = [replace(SHORT, id=s, paraphrases=("Is it safe?",), system=s) for s in ("default", NO_SYSTEM, "Be brief.")]
+    wanted = list(make_requests([Condition("greedy", sampling=Sampling(0.0, 1.0, 16))], asked, 1, 7))
+    found = sample(chat, wanted)
+    assert [r.system for r in found] == ["default", NO_SYSTEM, "Be brief."]
+    assert len({r.token_ids for r in found}) == 3  # three prompts, three answers
+    assert found[0].seed == seed(7, "sampling", "main", "default", 0, 0)
+    assert found[0].response == chat.tokenizer.decode(found[0].token_ids, skip_special_tokens=True)
+
+
+def test_conditions_share_random_numbers_and_names_do_not_matter():
+    a, b = Condition("a"), Condition("b")
+    of_a, of_b = (list(make_requests([c], [SHORT], 4, 0)) for c in (a, b))
+    assert [r.seed for r in of_a] == [r.seed for r in of_b] and len({r.seed for r in of_a}) == 4
+    assert [r.id for r in of_a] == [r.id for r in of_b]
+    assert [(r.paraphrase, r.sample) for r in of_a] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    others = [list(make_requests([a], [SHORT], 4, 0, "reading")), list(make_requests([a], [SHORT], 4, 1))]
+    assert not {r.seed for r in of_a} & {r.seed for other in others for r in other}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_as_before_afterwards(fails):
+    chat = tiny_chat()
+    ids = torch.arange(3, 20)[None]
+    before = chat.model(ids).logits
+    attention = chat.model.config._attn_implementation
+
+    def stop(response):
+        raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            sample(chat, requests(chat), stop, n_rows=4)
+    else:
+        sample(chat, requests(chat)[:3])
+    assert chat.model.config._attn_implementation == attention != sampler.ATTENTION
+    assert torch.equal(chat.model(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in chat.model.modules())
+
+
+def test_refusals():
+    chat = tiny_chat()
+    with pytest.raises(InputError, match="n_rows"):
+        sample(chat, [], n_rows=0)
+    assert sample(chat, []) == []
+    for values, name in (((-1.0, 1.0, 5), "temperature"), ((1.0, 0.0, 5), "top_p"), ((1.0, 1.5, 5), "top_p"), ((1.0, 1.0, 0), "max_new_tokens")):
+        with pytest.raises(InputError, match=name):
+            Sampling(*values)
+
+
+def test_a_model_with_its_own_attention_is_refused():
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    chat = tiny_chat()
+    config = GPTJConfig(vocab_size=len(chat.tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, pad_token_id=0)
+    own = GPTJForCausalLM(config).eval()
+    other = replace(chat, model=own, anatomy=inspect_model(own))
+    with pytest.raises(ModelError, match="GPTJForCausalLM: its attention"):
+        sample(other, requests(other)[:1])
+
+
+# --- draw -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(logits: torch.Tensor, u: float | torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> list[int]:
+    rows = len(logits)
+    u = torch.full((rows,), u, dtype=torch.float64) if isinstance(u, float) else u
+    return draw(logits, torch.full((rows,), temperature, dtype=torch.float64), torch.full((rows,), top_p, dtype=torch.float64), u).tolist()
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(3, 1.0), (256, 0.5), (777, 1.0), (5000, 2.0)])
+def test_draw_is_the_inverse_cdf(vocabulary, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50, vocabulary, generator=generator)
+    u = torch.rand(50, dtype=torch.float64, generator=generator)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    for row, token in enumerate(drawn(logits, u, temperature)):
+        assert (0.0 if token == 0 else cdf[row, token - 1]) - 1e-6 <= u[row] <= cdf[row, token] + 1e-6
+
+
+def test_draw_has_the_right_frequencies():
+    n, logits = 20_000, torch.linspace(-2, 2, 300)
+    u = torch.from_numpy(uniforms(np.full(n, 5, dtype=np.uint64), np.arange(n)))
+    found = np.bincount(drawn(logits.expand(n, -1), u), minlength=300)
+    assert chisquare(found, logits.double().softmax(-1).numpy() * n).pvalue > 0.001
+
+
+def test_draw_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None]
+    grid = [i / 100 + 0.001 for i in range(100)]
+
+    def reachable(top_p):
+        return {drawn(logits, u, top_p=top_p)[0] for u in grid}
+
+    assert [reachable(p) for p in (1e-9, 0.49, 0.51, 0.79, 0.81, 0.96, 1.0)] == [{0}, {0}, {0, 1}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3}]
+    inside = [drawn(logits, u, top_p=0.51)[0] for u in grid]
+    assert abs(inside.count(0) / 100 - 0.5 / 0.8) < 0.02  # what is kept is rescaled
+    ties = torch.zeros(1, 4)
+    assert {drawn(ties, u, top_p=0.3)[0] for u in grid} == {0, 1, 2, 3}  # equals are not told apart by their number
+    rows = torch.cat([logits, logits])
+    mixed = draw(rows, torch.ones(2, dtype=torch.float64), torch.tensor([0.1, 1.0], dtype=torch.float64), torch.tensor([0.97, 0.97], dtype=torch.float64))
+    assert mixed.tolist() == [0, 3]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed_=st.integers(0, 2**32 - 1),
+    u=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 5e-324, 0.25, 0.5, 1 - 2.0**-53])),
+    vocabulary=st.sampled_from([1, 2, 255, 256, 257, 600]),
+    top_p=st.sampled_from([1.0, 0.999999, 0.5]),
+)
+def test_a_token_of_no_weight_is_never_drawn(seed_, u, vocabulary, top_p):
+    generator = torch.Generator().manual_seed(seed_)
+    logits = torch.randn(3, vocabulary, generator=generator) * 4
+    masked = torch.rand(3, vocabulary, generator=generator) < 0.9
+    masked[:, int(torch.randint(vocabulary, (1,), generator=generator))] = False
+    logits[masked] = float("-inf")
+    for row, token in enumerate(drawn(logits, u, top_p=top_p)):
+        assert not masked[row, token]
+
+
+def test_draw_at_the_ends_and_greedy():
+    logits = torch.full((1, 600), float("-inf"))
+    logits[0, [7, 300, 511]] = 0.0
+    assert drawn(logits, 0.0) == [7] and drawn(logits, 1 - 2.0**-53) == [511]
+    logits[0, 300] = 1.0
+    assert drawn(logits, 0.99, temperature=0.0) == [300]
+    mixed = draw(logits.expand(2, -1), torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64), torch.full((2,), 0.99, dtype=torch.float64))
+    assert mixed.tolist() == [300, 511]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_an_error(bad):
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        drawn(logits, 0.5)
+
+
+# --- random numbers -------------------------------------------------------------------------------------------------
+
+
+def splitmix(state: int, n: int) -> float:
+    """Number n of SplitMix64 from `state`, in plain integers."""
+    z = (state + (n + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return ((z ^ (z >> 31)) >> 11) / 2**53
+
+
+def test_uniforms_golden():
+    # SplitMix64 from state 1234567 gives 6457827717110365317 first (the reference implementation's test vector).
+    assert uniforms(np.array([1234567]), np.array([0]))[0] == (6457827717110365317 >> 11) / 2**53
+    seeds, counters = np.array([0, 1, 2**62 + 3, 2**63 - 1], dtype=np.uint64), np.array([0, 5, 599, 3])
+    assert uniforms(seeds, counters).tolist() == [splitmix(int(s), int(c)) for s, c in zip(seeds, counters, strict=True)]
+
+
+def test_named_seeds():
+    assert seed("sampling", 0, "ruler", 3) == 8076209735164660671  # sha256 of ["sampling", 0, "ruler", 3]
+    names = {seed("sampling", block, q, s) for block in ("main", "reading") for q in "abc" for s in range(50)}
+    assert len(names) == 300 and all(0 <= s < 2**63 for s in names)
+    assert seed(1) != seed("1")
