@@ -6,9 +6,10 @@ half a minute to dequantise it, so it is converted once into the cache as safete
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,18 +125,11 @@ class quiet_transformers:
         self._level, self._bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
         hf.set_verbosity_error()
         hf.disable_progress_bar()
-        # The GGUF reader draws its bar with plain tqdm, which only this switch reaches.
-        self._tqdm = os.environ.get("TQDM_DISABLE")
-        os.environ["TQDM_DISABLE"] = "1"
         logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
 
     def __exit__(self, *exc: object) -> None:
         from transformers.utils import logging as hf
 
-        if self._tqdm is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        else:
-            os.environ["TQDM_DISABLE"] = self._tqdm
         hf.set_verbosity(self._level)
         if self._bars:
             hf.enable_progress_bar()
@@ -162,7 +156,8 @@ def _embedded_folder() -> Path:
 def _convert_gguf(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_transformers():
+    # The GGUF reader draws its bar with plain tqdm, which no switch of transformers reaches.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model read from GGUF counts as quantized and refuses to be saved; a plain twin with the same weights does not.

@@ -31,8 +31,8 @@ from convergent.sampling.cache import ATTENTION, SPAN, SlotCache, attending, att
 from convergent.sampling.draw import draw
 from convergent.sampling.requests import Request
 
-MIN_ROWS = 8
-"""Smaller matrix products take another path (and other roundings) in common BLAS libraries."""
+MIN_ROWS = 16
+"""Smaller matrix products take another path (and other roundings) in common BLAS libraries: each thread's share has to be a few rows."""
 PANEL = 32
 DEFAULT_ROWS = 128
 _OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
