@@ -463,6 +463,7 @@ def write(ridges: Mapping[str, Ridge], card: Mapping[str, Any], out: Path) -> No
             tensors[f"{rubric}.{name}"] = np.ascontiguousarray(getattr(ridge, name), dtype=np.float32)
         tensors[f"{rubric}.intercept"] = np.array([ridge.intercept], dtype=np.float32)
     save_file(tensors, out / f"{NAME}.safetensors", metadata={"format": NAME})
+    (out / f"{NAME}.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     (out / f"{NAME}.json").write_text(json.dumps(card, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 

