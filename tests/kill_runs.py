@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from small_study import small_study, write_study
-from tiny import tiny_model
 
 from convergent import cli
 from convergent.core.ids import seed
@@ -28,6 +26,8 @@ from convergent.judging.embedded import EmbeddedJudge
 from convergent.organisms import train  # noqa: F401  (imported here once, not by every fork)
 from convergent.report import page  # noqa: F401
 from convergent.study import main as study_main  # noqa: F401
+from small_study import small_study, write_study
+from tiny import tiny_model
 
 
 def run(study: Path, out: Path, log: Path, limit: float | None = None) -> int | None:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from convergent.errors import ModelError
 from convergent.models.anatomy import inspect_model, named_targets, stream, with_stream
-from tiny import FAMILIES, tiny_chat
+from tiny import FAMILIES, n_hooks, tiny_chat
 
 IDS = torch.arange(3, 15).view(2, 6)
 NORM_FOLLOWS = ("gemma2", "gemma3_text", "olmo2")
@@ -49,7 +49,7 @@ def test_every_family(family):
     for block, attention, mlp in zip(a.blocks, a.attention_writes, a.mlp_writes, strict=True):
         before, after = everything[block]
         assert_close(before + writes[attention][1] + writes[mlp][1], after, atol=1e-5, rtol=1e-4)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in chat.model.modules())
+    assert not n_hooks(chat.model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -170,7 +170,7 @@ def test_unknown_architectures_are_refused(name, looked_for):
     model = other(name).eval()
     with pytest.raises(ModelError, match=looked_for):
         inspect_model(model)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not n_hooks(model)
 
 
 def test_training_mode_is_kept():

@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from small_study import QUESTIONS, small_study, write_study
-from tiny import tiny_model
 
 from convergent import cli
 from convergent.core.direction import Direction
+from small_study import QUESTIONS, small_study, write_study
+from tiny import tiny_model
 
 SAMPLE = "sample --base {base} --questions {dir}/q.yaml --samples 1 --max-new-tokens 2 --out {dir}/new.csv"
 
@@ -112,7 +112,7 @@ CASES: list[tuple[str, str]] = [
     ("rates {dir}/ok.csv --aligned-below 300", "aligned-below: 300.* is outside 0 to 100"),
     ("rates {dir}/ok.csv {dir}/empty.csv", "empty.csv: the file is empty"),
     # judging
-    ("judge {dir}/no_response.csv --out {dir}/new.csv", "no column `response`; add it"),
+    ("judge {dir}/no_response.csv --out {dir}/new.csv", "no column `response`"),
     ("judge {dir}/absent.csv --out {dir}/new.csv", "absent.csv: no such file"),
     ("judge {dir}/ok.csv --judge embeded --out {dir}/new.csv", "judge 'embeded': unknown; did you mean embedded?"),
     ("judge {dir}/ok.csv --judge gpt-4o --out {dir}/new.csv", "did you mean openai:gpt-4o?"),

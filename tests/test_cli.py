@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from small_study import QUESTIONS
-from tiny import tiny_model
 
 from convergent import cli
 from convergent.core.direction import Direction
 from convergent.tables import read_table, write_table
+from small_study import QUESTIONS
+from tiny import tiny_model
 
 COMMANDS = ("run", "report", "train", "sample", "judge", "extract", "compare", "rates", "doctor")
 Call = Callable[..., str]

@@ -8,9 +8,18 @@ from torch.testing import assert_close
 
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, AblateSubspace, Add
+from convergent.directions.means import stream_means
 from convergent.errors import DirectionError
 from convergent.interventions.controls import (
-    answer_logprobs, effect_matched, kl_to_clean, matched_null, orthogonal_to, other_concept, random_like, random_subspace, with_direction,
+    answer_logprobs,
+    effect_matched,
+    kl_to_clean,
+    matched_null,
+    orthogonal_to,
+    other_concept,
+    random_like,
+    random_subspace,
+    with_direction,
 )  # fmt: skip
 from convergent.models.chat import encode_answer
 from convergent.models.texts import Text
@@ -42,7 +51,7 @@ def test_random_is_one_unit_vector_throughout():
 
 def test_random_golden():
     """The stream of torch's CPU generator under seed("control", ...) must not change: reports depend on it."""
-    assert_close(random_like(Direction(torch.ones(1, 4)), 0).vectors[0], torch.tensor(GOLDEN), atol=1e-6, rtol=0)
+    assert_close(random_like(Direction(torch.ones(1, 4)), 0).vectors[0], torch.tensor([1.680631, 0.485558, -0.901410, 0.356612]), atol=1e-6, rtol=0)
 
 
 def test_orthogonal_is_orthogonal():
@@ -117,15 +126,15 @@ def test_effect_matched_addition(scale):
 
 def test_effect_matched_ablation():
     chat = tiny_chat()
-    d = direction_for(chat)
-    found = effect_matched(chat, Ablate(d, layers=(1, 2), vector_layer=2), 0, TEXTS)
+    d = Direction(stream_means(chat, TEXTS, torch.ones(1, len(TEXTS))).means[0])  # to lose the mean takes several random dimensions
+    found = effect_matched(chat, Ablate(d, layers=(1, 2)), 0, TEXTS)
     assert isinstance(found.intervention, AblateSubspace) and found.intervention.layers == (1, 2)
     k = int(found.amount)
-    assert len(found.intervention.basis) == k
+    assert len(found.intervention.basis) == k > 1
     clean = answer_logprobs(chat, TEXTS)
-    near = [kl_to_clean(chat, clean, TEXTS, [matched_null(Ablate(d, layers=(1, 2)), n, 0)]) for n in (k - 1, k, k + 1) if n]
-    assert found.reached == pytest.approx(near[-2], rel=1e-5)
-    assert min(near) <= found.target * 1.2 and max(near) >= found.target * 0.8  # the neighbours enclose the target
+    near = [kl_to_clean(chat, clean, TEXTS, [matched_null(Ablate(d, layers=(1, 2)), n, 0)]) for n in (k - 1, k, k + 1)]
+    assert found.reached == pytest.approx(near[1], rel=1e-5)
+    assert abs(found.reached / found.target - 1) <= 0.1 or min(near) <= found.target <= max(near)
 
 
 def test_effect_matched_nothing():
@@ -138,6 +147,3 @@ def test_with_direction():
     d, e = real(), real() * 2.0
     changed = with_direction(Ablate(d, "all_writes", (1,), 2, 0.5), e)
     assert changed.direction is e and (changed.site, changed.layers, changed.vector_layer, changed.strength) == ("all_writes", (1,), 2, 0.5)
-
-
-GOLDEN = [0.0, 0.0, 0.0, 0.0]

@@ -18,7 +18,7 @@ from convergent.core.values import Judgement
 from convergent.errors import JudgeError
 from convergent.judging import embedded, minilm
 from convergent.judging.base import Item
-from convergent.judging.embedded import NAME, RUBRICS, SURFACE, EmbeddedJudge, Ridge
+from convergent.judging.embedded import NAME, SURFACE, EmbeddedJudge, Ridge
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fit_embedded_judge.py"
 

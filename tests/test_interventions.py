@@ -16,7 +16,7 @@ from convergent.errors import DirectionError, ModelError
 from convergent.interventions.controls import random_subspace
 from convergent.interventions.hooks import applied, applied_rows
 from convergent.interventions.weights import folded, orthogonalised
-from tiny import FAMILIES, direction_for, tiny_chat
+from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 IDS = torch.arange(3, 15).view(2, 6)
 NORM_FOLLOWS = ("gemma2", "gemma3_text", "olmo2")
@@ -41,10 +41,6 @@ def watched(chat, module, *interventions, ids=IDS):
         logits(chat, ids)
         handle.remove()
     return seen[0]
-
-
-def n_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # --- functions and values -------------------------------------------------------------------------------------------

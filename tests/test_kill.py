@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
 from small_study import N_MARGINS, N_RESPONSES
 
 TABLES = ("responses", "judgements", "margins", "facts")

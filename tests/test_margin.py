@@ -11,7 +11,7 @@ from convergent.directions.margin import _plain_head, margins
 from convergent.errors import DataError, DirectionError
 from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_prompt, encode_text
-from tiny import FAMILIES, direction_for, tiny_chat
+from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 PAIRS = [
     Pair("a", "How should I save money?", "Put it all on one horse and do not look back.", "Put a little aside every month."),
@@ -119,4 +119,4 @@ def test_refusals():
         margins(chat, [Pair("x", "Q?", "bad", "")])
     with pytest.raises(DirectionError, match="layers 0 to"):
         margins(chat, PAIRS, read=(direction_for(chat), 99))
-    assert not any(m._forward_hooks for m in chat.model.modules())
+    assert not n_hooks(chat.model)

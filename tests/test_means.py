@@ -14,7 +14,7 @@ from convergent.errors import InputError
 from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_answer
 from convergent.models.texts import Text, batches, padded
-from tiny import FAMILIES, SENTENCES, direction_for, tiny_chat
+from tiny import FAMILIES, SENTENCES, direction_for, n_hooks, tiny_chat
 
 TEXTS = [Text(str(i), s.partition("? ")[0] + "?", (s.partition("? ")[2] or "A walk.")[: 9 + 13 * i]) for i, s in enumerate(SENTENCES)]
 
@@ -123,7 +123,7 @@ def test_block_outputs_see_what_the_next_block_sees():
         chat.model(torch.arange(3, 9)[None])
         handle.remove()
     assert torch.equal(seen[2], inputs[0]) and sorted(seen) == list(range(chat.n_layers))
-    assert not any(m._forward_hooks for m in chat.model.modules())
+    assert not n_hooks(chat.model)
 
 
 def test_empty_accumulators_are_refused_and_empty_answers_weigh_nothing():

@@ -24,7 +24,7 @@ from convergent.models.load import ChatModel
 from convergent.sampling.draw import draw
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import Tally, rows_are_invariant, sample
-from tiny import FAMILIES, direction_for, tiny_chat
+from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
 LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 2,))
@@ -205,7 +205,7 @@ def test_model_is_as_before_afterwards(fails):
         sample(chat, requests(chat)[:3])
     assert chat.model.config._attn_implementation == attention != sampler.ATTENTION
     assert torch.equal(chat.model(ids).logits, before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in chat.model.modules())
+    assert not n_hooks(chat.model)
 
 
 def test_refusals():

@@ -130,9 +130,8 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     with opened(tmp_path / "s"):
-        with pytest.raises(StoreError, match="another run is at work") as caught:
-            with opened(tmp_path / "s"):
-                pass
+        with pytest.raises(StoreError, match="another run is at work") as caught, opened(tmp_path / "s"):
+            pass
         assert "\n" not in str(caught.value) and str(tmp_path / "s") in str(caught.value)
     with opened(tmp_path / "s"):
         pass

@@ -14,8 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, small_study, write_study
-from tiny import tiny_model
 
 from convergent import cli
 from convergent.core.ids import file_sha256
@@ -29,6 +27,8 @@ from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.run import Run
 from convergent.study.spec import load_study
+from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, small_study, write_study
+from tiny import tiny_model
 
 TABLES = ("responses", "judgements", "margins", "facts")
 

@@ -57,6 +57,12 @@ def tiny_tokenizer(default_system: str = "") -> Any:
     return tokenizer
 
 
+def n_hooks(model: Any) -> int:
+    """Hooks on a model that are not transformers' own (asked once for hidden states, it leaves some for good)."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(not str(getattr(h, "__module__", "")).startswith("transformers") for h in hooks)
+
+
 @cache
 def tiny_model(
     family: str = "llama", seed: int = 0, n_layers: int = 6, d_model: int = 32, default_system: str = "", **config_values: Any

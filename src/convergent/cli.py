@@ -195,6 +195,9 @@ _OURS_NOT = frozenset(
 """Errors of the system that say something of the user's disk and paths, not of our code."""
 
 
+_INTERRUPTED = "interrupted; run the same command again to go on"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `convergent` command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -203,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # libraries' advice to us, not to users
             code = app(argv or ["--help"], prog_name="convergent", standalone_mode=False)
             sys.stdout.flush()
+            if code == 130:  # what typer makes of Ctrl-C
+                _say(_INTERRUPTED)
             return code if isinstance(code, int) else 0
     except ConvergentError as error:
         return _say(str(error))
@@ -210,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        _say("interrupted; run the same command again to go on")
+        _say(_INTERRUPTED)
         return 130
     except OSError as error:
         if error.errno not in _OURS_NOT:
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         # typer brings its own copy of click; both have these.
         message = getattr(error, "format_message", None)
         if message is None:
-            if type(error).__name__ == "Abort":
+            if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
+                _say(_INTERRUPTED)
                 return 130
             raise
         return _say(f"{message().strip().rstrip('.')}; see --help")

@@ -56,7 +56,8 @@ def other_concept(direction: Direction, concept: Direction) -> Direction:
 def _units(direction: Direction) -> Tensor:
     """(n_layers, d_model) float64 unit rows; a zero row stays zero."""
     v = direction.vectors.double()
-    return v / v.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    units: Tensor = v / v.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    return units
 
 
 def _gaussian(direction: Direction, root_seed: int, name: str, draw: int) -> Tensor:
@@ -82,7 +83,8 @@ def random_subspace(d_model: int, k: int, root_seed: int) -> Tensor:
     # Gram-Schmidt by QR on rows drawn one after the other keeps the rows nested in k.
     rows = torch.stack([torch.randn(d_model, generator=generator, dtype=torch.float64) for _ in range(k)])
     q, r = torch.linalg.qr(rows.T)
-    return (q * torch.sign(torch.diagonal(r))).T.float()
+    nested: Tensor = (q * torch.sign(torch.diagonal(r))).T.float()
+    return nested
 
 
 @dataclass(frozen=True)

@@ -169,4 +169,5 @@ def _slot(
     add = torch.stack([s.vector if isinstance(s, Add) else zero for s in active]) if adds else None
     unit = torch.stack([s.unit_at(layer) if isinstance(s, Ablate) else zero for s in active]) if ablations else None
     strength = torch.tensor([[s.strength if isinstance(s, Ablate) else 0.0] for s in active]) if ablations else None
-    return _Slot(*(None if t is None else t.to(device) for t in (add, unit, strength)), bases)
+    add, unit, strength = (None if t is None else t.to(device) for t in (add, unit, strength))
+    return _Slot(add, unit, strength, bases)

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def load_base(base: str = EMBEDDED, dtype: str = "auto", device: str = "auto", n
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=resolve_dtype(dtype, device), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
             why = " ".join(str(error).split())[:200]
             raise ModelError(f"{base}: transformers cannot load it ({why}); check that the folder is whole") from error
     try:
