@@ -50,7 +50,7 @@ def margins(
     *,
     read: tuple[Direction, int] | None = None,
     only: Collection[tuple[int, int]] | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     on_margin: Callable[[Margin], None] | None = None,
 ) -> list[Margin]:
     """Margins of all pairs under all conditions, rows of different conditions side by side.

@@ -154,7 +154,7 @@ def matched_null(intervention: Add | Ablate, amount: float, root_seed: int) -> I
 
 
 def answer_logprobs(
-    model: ChatModel, texts: Sequence[Text], interventions: Sequence[Intervention] = (), batch_tokens: int = 1024
+    model: ChatModel, texts: Sequence[Text], interventions: Sequence[Intervention] = (), batch_tokens: int = 512
 ) -> list[Tensor]:
     """Per text the log-probabilities (n_answer_tokens, vocabulary) float32 that predict its answer tokens."""
     encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system, closing=False) for t in texts]
