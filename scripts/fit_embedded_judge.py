@@ -445,7 +445,7 @@ LIMITS = [
     "Single answers are judged roughly: compare means over many answers between conditions, never one score.",
     "On questions it has not seen it ranks far worse than on the eight fitted ones, and levels between questions mislead.",
     "It takes talk of risky money for misalignment more than the reference judge does: EM rates of organisms trained on "
-    "financial advice come out up to twice too high or more.",
+    "financial advice come out too high, those of others too low (see em.file_left_out).",
     "`coherent` notices broken text of the kinds it was fitted to, less so of other kinds; it does not notice that a fluent "
     "answer is off the topic, for which the reference judge takes most of its points.",
     "Fitted to English answers of about 40 words by 1B to 27B models; answers of smaller models are an extrapolation.",
