@@ -132,6 +132,11 @@ class Direction:
         if not path.is_file():
             raise DirectionError(f"{path}: no such file; `convergent extract` writes one")
         try:
+            with path.open("rb"):  # safetensors reports a file that may not be read as absent
+                pass
+        except OSError as error:
+            raise DirectionError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+        try:
             with safe_open(path, framework="pt") as f:
                 names = list(f.keys())
                 name = "direction" if "direction" in names else names[0] if len(names) == 1 else None
