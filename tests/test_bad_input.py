@@ -39,6 +39,7 @@ class Bomb:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     d = tmp_path_factory.mktemp("bad")
+    tiny_model(), tiny_model("qwen2", 1, 4, 16)  # made before anything is counted
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONVERGENT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -112,7 +113,7 @@ CASES: list[tuple[str, str]] = [
     ("rates {dir}/ok.csv --aligned-below 300", "aligned-below: 300.* is outside 0 to 100"),
     ("rates {dir}/ok.csv {dir}/empty.csv", "empty.csv: the file is empty"),
     # judging
-    ("judge {dir}/no_response.csv --out {dir}/new.csv", "no column `response`"),
+    ("judge {dir}/no_response.csv --out {dir}/new.csv", "no column `response`; add it"),
     ("judge {dir}/absent.csv --out {dir}/new.csv", "absent.csv: no such file"),
     ("judge {dir}/ok.csv --judge embeded --out {dir}/new.csv", "judge 'embeded': unknown; did you mean embedded?"),
     ("judge {dir}/ok.csv --judge gpt-4o --out {dir}/new.csv", "did you mean openai:gpt-4o?"),

@@ -18,6 +18,7 @@ from convergent.core.interventions import Ablate, AblateSubspace, Add
 from convergent.core.values import NO_SYSTEM, Condition, Question, Sampling
 from convergent.errors import InputError, ModelError
 from convergent.interventions.controls import random_subspace
+from convergent.interventions.hooks import applied
 from convergent.models.anatomy import inspect_model
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
@@ -134,6 +135,24 @@ def test_other_families_keep_the_promise(family):
     everything = requests(chat, samples=1, max_new_tokens=6)
     alone = [tokens(chat, [r], 1)[0] for r in everything]
     assert tokens(chat, everything, 9) == alone
+
+
+def test_every_step_by_hand():
+    """Token t is drawn with number t of the row's own stream from the logits of a whole forward pass, without cache or batch."""
+    chat = tiny_chat()
+    wanted = [r for r in requests(chat, samples=1) if r.condition.name != "greedy"]
+    for request, found in zip(wanted, sample(chat, wanted), strict=True):
+        s = request.condition.sampling
+        ids, answer = list(encode_prompt(chat.tokenizer, request.question)), []
+        while len(answer) < s.max_new_tokens:
+            with torch.inference_mode(), applied(chat.anatomy, request.condition.interventions):
+                logits = chat.model(torch.tensor([ids + answer])).logits[:, -1]
+            u = uniforms(np.array([request.seed]), np.array([len(answer)]))
+            token = drawn(logits, torch.from_numpy(u), s.temperature, s.top_p)[0]
+            if token in chat.stop_ids:
+                break
+            answer.append(token)
+        assert list(found.token_ids) == answer
 
 
 def test_sampled_tokens_follow_the_model():

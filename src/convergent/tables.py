@@ -79,10 +79,10 @@ def write_table(df: pd.DataFrame, path: str | Path) -> None:
 
 def need_columns(df: pd.DataFrame, required: Iterable[str], place: str | Path) -> None:
     """Raise DataError, naming the nearest column, unless `df` has all `required` ones."""
-    have = [str(c) for c in df.columns]
+    have, required = [str(c) for c in df.columns], tuple(required)
     for name in required:
         if name not in have:
-            lower = {c.strip().lower(): c for c in have}
+            lower = {c.strip().lower(): c for c in have if c not in required}
             near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
             mend = f"the nearest is `{lower[near[0]]}`; rename it" if near else "add it"
             shown = ", ".join(have[:8]) + (", ..." if len(have) > 8 else "")

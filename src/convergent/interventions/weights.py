@@ -52,7 +52,7 @@ def orthogonalised(weight: Tensor, v: Tensor, strength: float = 1.0) -> Tensor:
 
 def _orthogonalise(stack: ExitStack, anatomy: Anatomy, ablation: Ablate) -> None:
     if ablation.layers is None:
-        _untie(stack, anatomy)
+        # A tied head keeps the weight it has: it reads the stream, it does not write to it.
         embedding = _weight(anatomy.embedding)
         _replace(stack, anatomy.embedding, "weight", orthogonalised(embedding.T, ablation.unit_at(0), ablation.strength).T)
     for layer in range(anatomy.n_layers):
@@ -85,13 +85,6 @@ def _linears(anatomy: Anatomy, layer: int) -> tuple[nn.Linear, nn.Linear]:
             )
         found.append(linear)
     return found[0], found[1]
-
-
-def _untie(stack: ExitStack, anatomy: Anatomy) -> None:
-    """Give the head its own copy of a tied embedding: the head reads the stream, it does not write to it."""
-    head = anatomy.head
-    if head is not None and getattr(head, "weight", None) is anatomy.embedding.weight:
-        _replace(stack, head, "weight", _weight(anatomy.embedding).detach().clone())
 
 
 def _weight(module: nn.Module) -> Tensor:
