@@ -27,6 +27,7 @@ from convergent.errors import InputError, JudgeError, StoreError
 from convergent.judging.base import Item
 from convergent.judging.openai import MAX_FAILURES, OpenAIJudge
 from convergent.judging.prices import Estimate, price_of
+from convergent.judging.replies import Reply, open_replies
 from convergent.judging.rubrics import Rubrics
 
 KEY = "sk-secret-0123456789abcdef"
@@ -314,6 +315,27 @@ def test_two_runs_at_once_pay_once(server: Server, tmp_path: Path, caplog: pytes
     assert len(server.answered) == 40
     assert set(server.answered.values()) == {1}
     assert "waiting for its turn" in caplog.text
+
+
+def test_a_new_cache_opens_for_many_at_once(tmp_path: Path) -> None:
+    """The first openers all switch the file to WAL, which does not wait for a lock as other statements do."""
+    failed: list[Exception] = []
+
+    def use(path: Path) -> None:
+        for key in "abc":
+            try:
+                with open_replies(path) as replies:
+                    replies.put(key, "m", "u", Reply("50", ()))
+            except Exception as error:
+                failed.append(error)
+
+    for n in range(20):
+        users = [threading.Thread(target=use, args=(tmp_path / f"{n}.sqlite",)) for _ in range(6)]
+        for user in users:
+            user.start()
+        for user in users:
+            user.join()
+    assert not failed
 
 
 def test_one_bad_request_is_an_error_and_is_asked_again_next_time(server: Server, tmp_path: Path) -> None:

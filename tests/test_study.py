@@ -33,6 +33,15 @@ from tiny import tiny_model
 TABLES = ("responses", "judgements", "margins", "facts")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads of so small a model mostly wait for each other."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with study.yaml and `out`, the study done. Tests that change it work on a copy."""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from convergent.errors import StoreError
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
@@ -45,11 +47,13 @@ class Replies:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, check_same_thread=False)
             try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                # FULL: a reply costs money, a flush does not.
-                self._db.execute("PRAGMA synchronous=FULL")
-                self._db.execute(_TABLE)
-                self._db.commit()
+                # The switch to WAL does not wait for a lock as other statements do: one opener at a time.
+                with FileLock(str(path.with_name(f".{path.name}.opening.lock")), timeout=60):
+                    self._db.execute("PRAGMA journal_mode=WAL")
+                    # FULL: a reply costs money, a flush does not.
+                    self._db.execute("PRAGMA synchronous=FULL")
+                    self._db.execute(_TABLE)
+                    self._db.commit()
             except BaseException:
                 self._db.close()
                 raise
