@@ -47,6 +47,26 @@ def test_streamed_equals_whole_data(family):
     assert found.means.dtype == torch.float64 and found.means.shape == (3, chat.n_layers, chat.d_model)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("span", ["answer", "paper"])
+def test_a_question_with_many_answers_is_read_once(family, span):
+    """Same means as from passes over each text alone, under an intervention too, from fewer tokens."""
+    chat = tiny_chat(family)
+    texts = [Text(f"{q}{i}", f"{'A longer ' * q}question?", "word " * (1 + 3 * i)) for q in range(2) for i in range(5)]
+    interventions = [Add(direction_for(chat), 1, 2.0)]
+    tokens = []
+    handle = chat.anatomy.blocks[0].register_forward_pre_hook(lambda m, args, kwargs: tokens.append((args[0] if args else kwargs["hidden_states"]).shape), with_kwargs=True)
+    found = stream_means(chat, texts, torch.ones(1, len(texts)), span=span, interventions=interventions, batch_tokens=150)
+    handle.remove()
+    alone = [stream_means(chat, [t], torch.ones(1, 1), span=span, interventions=interventions) for t in texts]
+    total = sum(m.means[0] * m.n_tokens for m in alone) / sum(m.n_tokens for m in alone)
+    assert_close(found.means[0], total, atol=1e-4, rtol=1e-4)
+    assert found.n_tokens == sum(m.n_tokens for m in alone)
+    longest = max(len(encode_answer(chat.tokenizer, t.question, t.answer).ids) for t in texts)
+    assert tokens[0][0] == 1  # the question alone
+    assert all(n < longest for _, n, _ in tokens)
+
+
 def test_layer_numbering():
     """Row l is the output of block l: an addition at block l is seen from row l on, and no row before."""
     chat = tiny_chat()

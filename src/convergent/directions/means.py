@@ -20,7 +20,7 @@ from convergent.interventions.hooks import applied
 from convergent.models.anatomy import Anatomy, stream
 from convergent.models.chat import Encoded, encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.texts import Text, batches, padded
+from convergent.models.texts import Beginning, Text, batches, groups, padded
 
 Span = Literal["answer", "paper"]
 """answer: the answer's own tokens. paper: with the assistant header before and the closing tokens after, as the authors' code does."""
@@ -70,17 +70,22 @@ def stream_means(
     sums = torch.zeros(len(weights), model.n_layers, model.d_model, dtype=torch.float64, device=device)
     norms = torch.zeros(model.n_layers, dtype=torch.float64, device=device)
     with torch.inference_mode(), applied(model.anatomy, interventions):
-        for members in batches([len(e.ids) for e in encoded], batch_tokens):
-            ids, mask = padded([encoded[i].ids for i in members], device)
-            inside = torch.zeros_like(mask, dtype=torch.float64)
-            for row, i in enumerate(members):
-                inside[row, spans[i]] = 1.0
-            scale = 1.0 / lengths[members].clamp_min(1) if per == "responses" else torch.ones(len(members), dtype=torch.float64)
-            share = (weights[:, members] * scale).to(device)[:, :, None] * inside[None]
-            with block_outputs(model.anatomy, _adder(sums, norms, share.flatten(1), inside.flatten())):
-                model.anatomy.body(input_ids=ids, attention_mask=mask, use_cache=False)
-            if on_batch is not None:
-                on_batch(len(members))
+        # A question with many answers is read once: no token of it counts.
+        for beginning, group in groups([tuple(e.ids[: s.start]) for e, s in zip(encoded, spans, strict=True)]):
+            start = Beginning(model.anatomy.body, beginning, device)
+            group = [i for i in group if len(encoded[i].ids) > start.n]  # an empty answer may leave no token at all
+            for batch in batches([len(encoded[i].ids) - start.n for i in group], batch_tokens):
+                members = [group[b] for b in batch]
+                ids, mask = padded([encoded[i].ids[start.n :] for i in members], device)
+                inside = torch.zeros_like(mask, dtype=torch.float64)
+                for row, i in enumerate(members):
+                    inside[row, spans[i].start - start.n : spans[i].stop - start.n] = 1.0
+                scale = 1.0 / lengths[members].clamp_min(1) if per == "responses" else torch.ones(len(members), dtype=torch.float64)
+                share = (weights[:, members] * scale).to(device)[:, :, None] * inside[None]
+                with block_outputs(model.anatomy, _adder(sums, norms, share.flatten(1), inside.flatten())):
+                    start.run(ids, mask)
+                if on_batch is not None:
+                    on_batch(len(members))
     total = float(lengths.sum())
     return Means((sums / mass.to(device)[:, None, None]).cpu(), (norms / total).cpu(), int(total))
 

@@ -229,15 +229,16 @@ class Run:
 
     # Models
 
-    def model(self, organism: str) -> ChatModel:
-        """The chat model or an organism, loaded; at most one organism is kept beside the chat model."""
+    def model(self, organism: str, alone: bool = False) -> ChatModel:
+        """The chat model or an organism, loaded; at most one organism is kept beside the chat model, and with `alone` nothing beside it."""
         if not self.compute:
             raise NotDoneError(organism)
+        others = [n for n in self._models if n != organism and (alone or "chat" not in (n, organism))]
+        for other in others:
+            del self._models[other]
+        if others:
+            gc.collect()
         if organism not in self._models:
-            if organism != "chat":
-                for other in [n for n in self._models if n != "chat"]:
-                    del self._models[other]
-                gc.collect()
             if organism == "chat":
                 made = load_base(self.spec.base, self.dtype, self.spec.device)
             else:
@@ -287,7 +288,7 @@ class Run:
             mine = [(r, block) for o, r, block in absent if o == organism]
             blocks = {r.id: block for r, block in mine}
             with self._timed("sample"):
-                model = self.model(organism)
+                model = self.model(organism, alone=True)
 
                 def keep(response: Response, organism: str = organism, blocks: dict[str, str] = blocks) -> None:
                     nonlocal done
@@ -440,7 +441,7 @@ class Run:
 
         def match() -> dict[str, float]:
             with self._timed("extract"):
-                m = effect_matched(self.model(organism), intervention, seed, self.effect_texts)
+                m = effect_matched(self.model(organism, alone=True), intervention, seed, self.effect_texts)
             what = f"random vector at {m.amount:.3g} x" if isinstance(intervention, Add) else f"{m.amount:.0f} random dimensions"
             self.say(f"match   {organism}: {what}, KL {m.reached:.3g} for {m.target:.3g} nats per token")
             return {"amount": m.amount, "target": m.target, "reached": m.reached}
@@ -452,7 +453,7 @@ class Run:
 
         def measure() -> float:
             with self._timed("extract"):
-                model = self.model(condition.organism)
+                model = self.model(condition.organism, alone=True)
                 if self._clean is None or self._clean[0] != condition.organism_id:
                     self._clean = (condition.organism_id, answer_logprobs(model, self.effect_texts))
                 return kl_to_clean(model, self._clean[1], self.effect_texts, condition.interventions)
@@ -488,7 +489,7 @@ class Run:
         for organism in dict.fromkeys(o for o, _ in absent.values()):
             mine = {i: c for i, (o, c) in absent.items() if o == organism}
             with self._timed("margin"):
-                model = self.model(organism)
+                model = self.model(organism, alone=True)
                 for i, c in mine.items():
                     margins(model, self.pairs, [c.interventions], read=(self.direction, self.layer), on_margin=partial(keep, i))
             self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")
