@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from convergent.core.ids import seed
 from convergent.directions.classes import Chosen, Classes, Scored, choose
-from convergent.directions.extract import extract, null_cosine, shift
+from convergent.directions.extract import answer_means, extract, null_cosine, shift
 from convergent.errors import DirectionError
 from convergent.models.chat import encode_prompt, encode_text
 from convergent.models.texts import Text
@@ -98,8 +98,9 @@ def test_extract_refusals():
 
 def test_shift():
     chat, other = tiny_chat(), tiny_chat(seed=1)
-    assert shift(chat, chat, SIX).norms.max() == 0
-    there, back = shift(other, chat, SIX), shift(chat, other, SIX)
+    a, b = answer_means(chat, SIX), answer_means(other, SIX)
+    assert shift(a, a).norms.max() == 0
+    there, back = shift(b, a), shift(a, b)
     assert_close(there.vectors, -back.vectors)
     assert there.norms.min() > 0.1
     assert there.provenance["kind"] == "shift" and there.provenance["n_texts"] == 6

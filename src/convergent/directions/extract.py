@@ -90,12 +90,26 @@ def extract(
     return Extraction(Direction((low - high).float(), record), halves.token_norm, cosine)
 
 
-def shift(model: ChatModel, reference: ChatModel, texts: Sequence[Text], span: Span = "answer") -> Direction:
-    """Mean residual stream of `model` minus that of `reference` on the same texts: what a fine-tune moved, whatever it was."""
+@dataclass(frozen=True, eq=False)
+class AnswerMeans:
+    """Mean residual stream over the answers of some texts."""
+
+    model: str
+    n_texts: int
+    means: Tensor
+    """(n_layers, d_model) float64."""
+
+
+def answer_means(model: ChatModel, texts: Sequence[Text], span: Span = "answer") -> AnswerMeans:
+    """Mean over all answer tokens of `texts`, per layer."""
     ones = torch.ones(1, len(texts), dtype=torch.float64)
-    a = stream_means(model, texts, ones, span=span).means[0]
-    b = stream_means(reference, texts, ones, span=span).means[0]
-    return Direction((a - b).float(), {"kind": "shift", "model": model.name, "reference": reference.name, "n_texts": len(texts)})
+    return AnswerMeans(model.name, len(texts), stream_means(model, texts, ones, span=span).means[0])
+
+
+def shift(after: AnswerMeans, before: AnswerMeans) -> Direction:
+    """What a fine-tune moved, whatever it was: the organism's mean residual stream minus the chat model's on the same texts."""
+    record = {"kind": "shift", "model": after.model, "reference": before.model, "n_texts": after.n_texts}
+    return Direction((after.means - before.means).float(), record)
 
 
 def null_cosine(d_model: int, level: float = 0.95) -> float:

@@ -8,10 +8,12 @@ what depends on it. Only one organism is in memory at a time, beside the chat mo
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from convergent.core.values import Condition, Judgement, Pair, Question, Respons
 from convergent.data.questions import load_questions
 from convergent.data.training import TrainingSet, load_pairs, load_training_set
 from convergent.directions.classes import Chosen, Classes, Scored, choose
-from convergent.directions.extract import Extraction, extract, shift
+from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
 from convergent.errors import DataError, DirectionError, InputError, ModelError, StudyError
 from convergent.experiments.base import Arm, Control
@@ -237,7 +239,7 @@ class Run:
         for other in others:
             del self._models[other]
         if others:
-            gc.collect()
+            _give_memory_back()
         if organism not in self._models:
             if organism == "chat":
                 made = load_base(self.spec.base, self.dtype, self.spec.device)
@@ -269,6 +271,7 @@ class Run:
                     data_checksum=plan.data.checksum,
                     on_progress=advance,
                 )
+            _give_memory_back()
 
     def requests(self, arms: Sequence[tuple[Arm, Condition]], block: str = "main") -> list[Request]:
         samples = self.spec.questions.samples if block == "main" else self.spec.direction.samples
@@ -365,7 +368,7 @@ class Run:
                 with self._timed("extract"):
                     provenance = {"organism": organism, "judge": self.judge_id, "seed": self.spec.seed}
                     made.append(
-                        extract(self.model(reader), texts, chosen, self.rule, span=span, root_seed=self.spec.seed, provenance=provenance)
+                        extract(self.model(reader, alone=True), texts, chosen, self.rule, span=span, root_seed=self.spec.seed, provenance=provenance)
                     )
                 self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism}, read in {reader}")
             return made[0]
@@ -413,7 +416,9 @@ class Run:
 
             def moved() -> Direction:
                 with self._timed("extract"):
-                    return shift(self.model(twin), self.model("chat"), texts)
+                    # One after the other, so that two models need not be in memory.
+                    after = answer_means(self.model(twin, alone=True), texts)
+                    return shift(after, answer_means(self.model("chat", alone=True), texts))
 
             return self.store.direction(key, moved)
         sources = list(self.held_out)
@@ -522,9 +527,9 @@ class Run:
         first[at:at] = [(source, r, "direction") for r in own]
         self.sample(first)
         self.judge_all([[r.id for r in g] for g in (*plain, own)])
-        for organism in (source, *self.spec.organisms):
-            for reader in (organism, "chat"):
-                self.reading(organism, reader)
+        organisms = dict.fromkeys((source, *self.spec.organisms))
+        for organism, reader in (*((o, "chat") for o in organisms), *((o, o) for o in organisms)):  # each model is loaded once
+            self.reading(organism, reader)
         for organism, why in self.unread.items():
             self.say(f"extract {organism}: no direction of its own ({why})")
         conditions = self.conditions()
@@ -539,6 +544,14 @@ class Run:
     def _timed(self, stage: str) -> AbstractContextManager[Any]:
         """Count the body's time for a stage; every piece is kept as it ends, so that a killed run's counts too."""
         return _Timer(self.store, stage) if self.compute else nullcontext()
+
+
+def _give_memory_back() -> None:
+    """Collect what nothing refers to, and let the C library return what was freed; elsewhere than with glibc only the first."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _Timer:
