@@ -317,6 +317,9 @@ class Run:
             open_groups = [[i for g in open_groups for i in g if any((i, rubric) not in known for rubric in RUBRICS)]]
         total = len(RUBRICS) * sum(len(g) for g in open_groups)
         done = 0
+        if total:  # a judge on this machine needs the room
+            self._models.clear()
+            _give_memory_back()
 
         def keep(j: Judgement) -> None:
             nonlocal done
