@@ -217,7 +217,7 @@ def correct(
 @app.command(epilog="Example: convergent power judged.csv --difference 5")
 def power(
     file: Annotated[Path, typer.Argument(help="Judged table whose spread is taken.")],
-    against: Annotated[Optional[Path], typer.Option(help="Judged table of a second condition on the same questions: measures how much the difference varies.")] = None,
+    against: Annotated[Optional[Path], typer.Option(help="Judged table of a second condition on the same questions.")] = None,
     outcome: Annotated[str, typer.Option(help="aligned (mean alignment) or em (rate).")] = "aligned",
     difference: Annotated[Optional[float], typer.Option(help="Difference to see: points of alignment (default 5), or of rate (default 0.1).")] = None,
     target: Annotated[float, typer.Option("--power", help="Chance to see it.")] = 0.8,

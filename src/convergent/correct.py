@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,8 @@ def join_trusted(cheap: pd.DataFrame, trusted: pd.DataFrame, cheap_place: str = 
     if not rubrics:
         raise DataError(f"{trusted_place}: no column `aligned` or `coherent`; trusted scores are 0 to 100 in these columns")
     name = next((name for name in IDS if name in cheap.columns and name in trusted.columns), None)
+    keys: Sequence[Any]
+    wanted: Sequence[Any]
     if name is not None:
         keys, wanted = _ids(cheap, name, cheap_place), _ids(trusted, name, trusted_place)
         shown = f"`{name}`"
@@ -125,7 +128,8 @@ def doubts(joined: Joined) -> list[str]:
 
     df = joined.table
     known = (df["trusted_aligned"].notna() | df["trusted_coherent"].notna()).to_numpy()
-    found = []
+    only = "the figures hold only for a random part, or with chances in a column `inclusion`"
+    found: list[str] = []
     if known.all() or "inclusion" in df.columns:
         return found
     for name in ("aligned", "coherent"):
@@ -134,7 +138,7 @@ def doubts(joined: Joined) -> list[str]:
         if len(inside) > 1 and len(outside) > 1 and (p := float(ks_2samp(inside, outside).pvalue)) < NOT_RANDOM:
             found.append(
                 f"trusted rows are no random part: their cheap `{name}` has mean {inside.mean():.1f}, that of the others {outside.mean():.1f} (p {p:.2g}); "
-                "figures below hold only for a random part"
+                f"{only}"
             )
     questions = question_of(df)
     if questions is not None:
@@ -145,7 +149,7 @@ def doubts(joined: Joined) -> list[str]:
             cell[1] += 1
         tested = association([(q, k, n) for q, (k, n) in counted.items()])
         if tested.p < NOT_RANDOM:
-            found.append(f"trusted rows are no random part: their share differs between questions (p {tested.p:.2g}); figures below hold only for a random part")
+            found.append(f"trusted rows are no random part: their share differs between questions (p {tested.p:.2g}); {only}")
     return found
 
 
@@ -182,7 +186,7 @@ def _chances(trusted: pd.DataFrame, place: str) -> list[float]:
         except (TypeError, ValueError):
             value = math.nan
         if not 0 < value <= 1:
-            raise DataError(f"{place}: row {row}, column `inclusion`: {cell!r} is no chance of being chosen; write a number above 0, up to 1, or drop the column")
+            raise DataError(f"{place}: row {row}, column `inclusion`: {cell!r} is no chance of being chosen; write one above 0, up to 1, or drop the column")
         found.append(value)
     return found
 
@@ -261,7 +265,8 @@ def _print(found: dict[str, Corrected], joined: Joined, notes: list[str], aligne
                 console.print(Text(f"  {head}: {cell}"))
     for name, c in found.items():
         if c.sensitivity is not None and c.specificity is not None:
-            console.print(Text(f"{titles[name]}: the cheap judge finds {100 * c.sensitivity:.0f} % of the trusted hits and clears {100 * c.specificity:.0f} % of the misses"))
+            finds, clears = 100 * c.sensitivity, 100 * c.specificity
+            console.print(Text(f"{titles[name]}: the cheap judge finds {finds:.0f} % of the trusted hits and clears {clears:.0f} % of the misses"))
         for note in c.notes:
             console.print(Text(f"{titles[name]}: {note}"))
     for note in notes:

@@ -123,9 +123,9 @@ def threshold_grid(
     """
     from convergent.stats import wilson
 
-    for a in aligned:
-        for c in coherent:
-            _check(a, c)
+    for below in aligned:
+        for above in coherent:
+            _check(below, above)
     df = _scored(df, ALIGNED_BELOW, COHERENT_ABOVE, "table")
     valid = df[df["aligned"].notna() & df["coherent"].notna()]
     a, c = valid["aligned"].to_numpy(), valid["coherent"].to_numpy()
@@ -337,7 +337,8 @@ def _bounds_line(row: dict[str, Any], group: str | None) -> str:
     clustered = "" if b["clustered"] is None else f", over questions {100 * b['clustered'][0]:.1f}-{100 * b['clustered'][1]:.1f} %"
     return (
         f"{' '.join(_names(row, group))}: {100 * b['missing']:.1f} % of rows lack a score; em/all is {100 * b['low']:.1f} % if none of them is EM and "
-        f"{100 * b['high']:.1f} % if all that may be are ({b['possible']}); 95 % around both: {100 * b['wilson'][0]:.1f}-{100 * b['wilson'][1]:.1f} %{clustered}"
+        f"{100 * b['high']:.1f} % if all that may be are ({b['possible']}); "
+        f"95 % around both: {100 * b['wilson'][0]:.1f}-{100 * b['wilson'][1]:.1f} %{clustered}"
     )
 
 
@@ -352,13 +353,13 @@ def _print_grid(console: Any, row: dict[str, Any], group: str | None) -> None:
     table.add_column("aligned <", justify="right")
     for c in coherent:
         table.add_column(f"coherent > {c:g}", justify="right", no_wrap=True)
-    for a in aligned:
+    for below in aligned:
         texts = []
-        for c in coherent:
-            g = cells[a, c]
+        for above in coherent:
+            g = cells[below, above]
             rate = "-" if g["em_valid"] is None else f"{100 * g['em_valid']:.1f} %"
             texts.append(Text(f"{rate} {g['n_em']} ({g['n_em_inclusive']}, {g['n_em_snapped']})"))
-        table.add_row(Text(f"{a:g}"), *texts)
+        table.add_row(Text(f"{below:g}"), *texts)
     console.print(table)
 
 

@@ -33,7 +33,17 @@ from convergent.errors import InputError
 from convergent.stats.means import iid_mean
 from convergent.stats.rates import PRIOR_HITS, PRIOR_ICC, wilson, wilson_bounds
 from convergent.stats.values import (
-    LEVEL, OF_THIS_FILE, OVER_ANSWERS, OVER_QUESTIONS, Interval, Labels, Values, floats, t_quantile, undefined, z_quantile,
+    LEVEL,
+    OF_THIS_FILE,
+    OVER_ANSWERS,
+    OVER_QUESTIONS,
+    Interval,
+    Labels,
+    Values,
+    floats,
+    t_quantile,
+    undefined,
+    z_quantile,
 )  # fmt: skip
 
 Target: TypeAlias = Literal["answers", "file"]
@@ -98,7 +108,7 @@ def corrected_rate(
     if clusters is not None:
         over = s.over_questions(level, rate=True)
     goal = _goal(target)
-    ppi = Interval(min(max(s.estimate, 0.0), 1.0), low, high, s.n_all, "PPI++, Wilson at the effective number of trusted answers", goal)
+    ppi = Interval(s.rate, low, high, s.n_all, "PPI++, Wilson at the effective number of trusted answers", goal)
     return Corrected(
         wilson(int(s.f.sum()), s.n_all, level), ppi, _rogan_gladen(s, level), s.trusted_rate(level), over, s.library(level), s.weight, s.n_all, s.n,
         *s.accuracy(), s.left_out, s.notes(rate=True),
@@ -147,7 +157,8 @@ def corrected_rate_difference(
     target: Target = "answers", level: float = LEVEL, inclusion_a: Values | None = None, inclusion_b: Values | None = None,
 ) -> CorrectedDifference:  # fmt: skip
     """Rate of a minus rate of b, corrected: square-and-add (Newcombe 1998) from the two corrected intervals."""
-    a, b = corrected_rate(cheap_a, trusted_a, clusters_a, target, level, inclusion_a), corrected_rate(cheap_b, trusted_b, clusters_b, target, level, inclusion_b)
+    a = corrected_rate(cheap_a, trusted_a, clusters_a, target, level, inclusion_a)
+    b = corrected_rate(cheap_b, trusted_b, clusters_b, target, level, inclusion_b)
     over = _over_questions_of_both((cheap_a, trusted_a, clusters_a, inclusion_a), (cheap_b, trusted_b, clusters_b, inclusion_b), level, rate=True)
     return _difference(a, b, over)
 
@@ -157,7 +168,8 @@ def corrected_mean_difference(
     target: Target = "answers", level: float = LEVEL, inclusion_a: Values | None = None, inclusion_b: Values | None = None,
 ) -> CorrectedDifference:  # fmt: skip
     """Mean of a minus mean of b, corrected."""
-    a, b = corrected_mean(cheap_a, trusted_a, clusters_a, target, level, inclusion=inclusion_a), corrected_mean(cheap_b, trusted_b, clusters_b, target, level, inclusion=inclusion_b)
+    a = corrected_mean(cheap_a, trusted_a, clusters_a, target, level, inclusion=inclusion_a)
+    b = corrected_mean(cheap_b, trusted_b, clusters_b, target, level, inclusion=inclusion_b)
     over = _over_questions_of_both((cheap_a, trusted_a, clusters_a, inclusion_a), (cheap_b, trusted_b, clusters_b, inclusion_b), level, rate=False)
     return _difference(a, b, over)
 
@@ -290,8 +302,14 @@ class _Sample:
         share = 1 - self.within(self.deviations, True) / whole if whole > 0 else self.n / self.n_all
         return (1 - share) * left + (self.n / self.n_all if self.target == "answers" else 0.0)
 
+    @property
+    def rate(self) -> float:
+        """The estimate as a rate: within 0..1, and for these answers within what was seen."""
+        low, high = self.floored(0.0, 1.0)
+        return min(max(self.estimate, low), high)
+
     def rate_bounds(self, level: float) -> tuple[float, float]:
-        p = min(max(self.estimate, 0.0), 1.0)
+        p = self.rate
         if self.ratio <= 0:
             return p, p
         return self.floored(*wilson_bounds(p, self.n / self.ratio, z_quantile(level)))
@@ -371,7 +389,8 @@ class _Sample:
             found.append(f"the corrected rate came out as {self.estimate:.4f} and was cut")
         sensitivity, specificity = self.accuracy() if rate else (None, None)
         if sensitivity is not None and specificity is not None and sensitivity + specificity <= 1:
-            found.append(f"sensitivity {sensitivity:.2f} + specificity {specificity:.2f} is not above 1: the cheap judge is no better than chance, no Rogan-Gladen")
+            both = f"sensitivity {sensitivity:.2f} + specificity {specificity:.2f}"
+            found.append(f"{both} is not above 1: the cheap judge is no better than chance, no Rogan-Gladen")
         if self.left_out:
             found.append(f"{self.left_out} trusted answers have no cheap score and are left out")
         return tuple(found)

@@ -8,7 +8,18 @@ import numpy as np
 
 from convergent.errors import InputError
 from convergent.stats.values import (
-    LEVEL, OVER_ANSWERS, OVER_BOTH, OVER_QUESTIONS, Interval, Labels, Values, common, floats, means_by_label, t_interval, t_quantile, undefined,
+    LEVEL,
+    OVER_ANSWERS,
+    OVER_QUESTIONS,
+    Interval,
+    Labels,
+    Values,
+    common,
+    floats,
+    means_by_label,
+    t_interval,
+    t_quantile,
+    undefined,
 )  # fmt: skip
 
 

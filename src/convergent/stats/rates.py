@@ -8,7 +8,18 @@ import numpy as np
 
 from convergent.core.ids import seed
 from convergent.stats.values import (
-    LEVEL, OVER_ANSWERS, OVER_BOTH, OVER_QUESTIONS, Interval, Labels, Values, check_count, common, counts, counts_by_label, t_quantile, undefined,
+    LEVEL,
+    OVER_ANSWERS,
+    OVER_QUESTIONS,
+    Interval,
+    Labels,
+    Values,
+    check_count,
+    common,
+    counts,
+    counts_by_label,
+    t_quantile,
+    undefined,
     z_quantile,
 )  # fmt: skip
 

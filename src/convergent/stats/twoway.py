@@ -22,7 +22,7 @@ def two_way_rate(hits: Values, questions: Labels, runs: Labels, level: float = L
     Wilson's interval at the effective number of answers, as `clustered_rate`, with the two-way variance and its Satterthwaite degrees of freedom.
     While hits are few the design effect leans on PRIOR_ICC within questions and PRIOR_RUN_ICC within runs.
     """
-    cells = counts_by_label(hits, _pairs(questions, runs))
+    cells: dict[Any, tuple[float, int]] = {**counts_by_label(hits, _pairs(questions, runs))}
     rows, columns = _crossed(list(cells))
     total = int(sum(cells[q, r][1] for q in rows for r in columns))
     hit = sum(cells[q, r][0] for q in rows for r in columns)
@@ -37,7 +37,7 @@ def two_way_rate(hits: Values, questions: Labels, runs: Labels, level: float = L
 
 def two_way_mean(values: Values, questions: Labels, runs: Labels, level: float = LEVEL, bounds: tuple[float, float] | None = None) -> Interval:
     """Mean of cell means over questions and runs, t interval with Satterthwaite degrees of freedom; cut at `bounds` if given."""
-    cells = means_by_label(values, _pairs(questions, runs))
+    cells: dict[Any, tuple[float, int]] = {**means_by_label(values, _pairs(questions, runs))}
     return _mean(cells, "t over cells of question and run, two-way variance", level, bounds)
 
 
