@@ -284,9 +284,9 @@ class _Sample:
 
     @property
     def hits(self) -> float:
-        """Trusted hits or misses, whichever are fewer."""
-        k = float(self.y.sum())
-        return min(k, self.n - k)
+        """Trusted hits or misses, whichever are fewer; with unequal chances as many as weigh as much."""
+        hit = self.y == 1
+        return round(min(kish(self.w[hit]), kish(self.w[~hit])), 9)
 
     @property
     def design(self) -> float:

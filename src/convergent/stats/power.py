@@ -194,7 +194,8 @@ def underpowered(
         mend = f"take {least.answers} answers per question"
     else:
         design = smallest_design(clustering, difference, target, level)
-        mend = f"take {design.questions} questions with {design.answers} answers each" if design else "no design of reasonable size sees it"
+        each = "one answer" if design and design.answers == 1 else f"{design.answers} answers" if design else ""
+        mend = f"take {design.questions} questions with {each} each" if design else "no design of reasonable size sees it"
     return (
         f"under-powered: {questions} questions x {answers} answers see a difference of {difference:g} {unit} with power {have:.2f} "
         f"(80 % from {seen:.3g} {unit} on); {mend}"
