@@ -170,12 +170,13 @@ def rates(
     by: Annotated[Optional[str], typer.Option(help="question, or a column: one result for each of its values.")] = None,
     aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
     coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
+    grid: Annotated[bool, typer.Option("--grid", help="Also EM at other thresholds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """EM and coherence of judged tables: all denominators, both intervals."""
     from convergent.rates import rates_command
 
-    rates_command(files, by, aligned_below, coherent_above, as_json)
+    rates_command(files, by, aligned_below, coherent_above, as_json, grid)
 
 
 @app.command(epilog="Example: convergent doctor")
@@ -196,6 +197,37 @@ _OURS_NOT = frozenset(
 
 
 _INTERRUPTED = "interrupted; run the same command again to go on"
+
+
+@app.command(epilog="Example: convergent correct judged.csv --trusted labelled.csv --json")
+def correct(
+    cheap: Annotated[Path, typer.Argument(metavar="CHEAP", help="Judged table; all its answers have cheap scores.")],
+    trusted: Annotated[Path, typer.Option(help="Table with trusted scores of a random part of the same answers.")],
+    target: Annotated[str, typer.Option(help="answers (intervals for more answers to these questions) or file (for these answers alone).")] = "answers",
+    aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
+    coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Correct EM, coherence and mean alignment by trusted scores of some rows."""
+    from convergent.correct import correct_command
+
+    correct_command(cheap, trusted, aligned_below, coherent_above, target, as_json)
+
+
+@app.command(epilog="Example: convergent power judged.csv --difference 5")
+def power(
+    file: Annotated[Path, typer.Argument(help="Judged table whose spread is taken.")],
+    against: Annotated[Optional[Path], typer.Option(help="Judged table of a second condition on the same questions.")] = None,
+    outcome: Annotated[str, typer.Option(help="aligned (mean alignment) or em (rate).")] = "aligned",
+    difference: Annotated[Optional[float], typer.Option(help="Difference to see: points of alignment (default 5), or of rate (default 0.1).")] = None,
+    target: Annotated[float, typer.Option("--power", help="Chance to see it.")] = 0.8,
+    questions: Annotated[Optional[int], typer.Option(help="Questions you have; default: as many as the file.", min=2)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Answers and questions that it takes to see a difference."""
+    from convergent.power import power_command
+
+    power_command(file, against, outcome, difference, target, questions, as_json)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,92 @@
+"""Statistics: the only place that computes an interval.
+
+Every interval says how it was made and what it generalises over. Two kinds exist, because answers to one question are
+alike: an interval over *answers* holds for more answers to these very questions; an interval over *questions* holds for
+other questions of this kind, and with eight questions it is wide. Missing values (nan, None) are left out, never zero.
+What cannot be said (no row, one question) has nan bounds. How to choose: docs/statistics.md; coverage by simulation: docs/coverage.md.
+
+    values      Interval, quantiles, answers gathered by label
+    rates       of hits: Wilson, exact, over questions, differences, reductions
+    means       of scores and margins
+    twoway      over questions and training runs
+    testing     permutation, Holm, equivalence, association
+    correction  cheap scores put right by trusted ones
+    pooled      one odds ratio over organisms and questions
+    power       how many questions and answers a difference needs
+"""
+
+from convergent.stats.correction import (
+    Corrected,
+    CorrectedDifference,
+    corrected_mean,
+    corrected_mean_difference,
+    corrected_rate,
+    corrected_rate_difference,
+    tuned_weight,
+)
+from convergent.stats.means import (
+    clustered_mean,
+    iid_mean,
+    paired_difference,
+    question_differences,
+    relative_reduction,
+    unit_difference,
+)
+from convergent.stats.pooled import Pooled, pooled_odds_ratio
+from convergent.stats.power import (
+    Clustering,
+    Design,
+    answers_needed,
+    detectable,
+    measured,
+    power_table,
+    smallest_design,
+    underpowered,
+)
+from convergent.stats.rates import (
+    PRIOR_HITS,
+    PRIOR_ICC,
+    PRIOR_RUN_ICC,
+    bootstrap_rate,
+    clopper_pearson,
+    clustered_rate,
+    paired_rate_difference,
+    rate,
+    rate_difference,
+    rate_reduction,
+    wilson,
+)
+from convergent.stats.rates import clustered_bounds as _clustered_wilson
+from convergent.stats.rates import wilson_bounds as _wilson
+from convergent.stats.testing import (
+    EXACT_FLIPS,
+    Association,
+    Equivalence,
+    association,
+    equivalence,
+    equivalence_of_rates,
+    holm,
+    permutation_test,
+    tost_p,
+)
+from convergent.stats.twoway import two_way_difference, two_way_mean, two_way_rate
+from convergent.stats.values import (
+    LEVEL,
+    OF_THIS_FILE,
+    OVER_ANSWERS,
+    OVER_BOTH,
+    OVER_QUESTIONS,
+    Interval,
+    Labels,
+    Values,
+)
+
+__all__ = [
+    "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
+    "Association", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Values",
+    "_clustered_wilson", "_wilson", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean", "clustered_rate",
+    "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
+    "equivalence_of_rates", "holm", "iid_mean", "measured", "paired_difference", "paired_rate_difference", "permutation_test",
+    "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction",
+    "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
+]  # fmt: skip
