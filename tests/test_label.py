@@ -266,6 +266,12 @@ def test_a_long_answer_is_paged_and_whole(tmp_path: Path) -> None:
         assert "QUESTION" in pages[n] and "QUESTION" not in pages[1]  # round again
 
 
+def test_a_long_run_of_empty_lines_is_said(tmp_path: Path) -> None:
+    write_table(answers(response="first\n\nsecond" + "\n \n" * 20 + "last").head(1), tmp_path / "t.csv")
+    (text,) = shown(tmp_path / "t.csv")
+    assert "first\n\nsecond\n\n[39 empty lines]\n\nlast" in text and "page" not in text
+
+
 def start(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "convergent.cli", "label", *argv], **options)
 

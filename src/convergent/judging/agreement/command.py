@@ -151,8 +151,9 @@ def lines(pair: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield f"{printable(pair['rubric'])}: a = {printable(pair['a'])}, b = {printable(pair['b'])}", "bold"
     missing = ", ".join(f"{pair[f'missing_{k}']} lack {who}" for k, who in (("a", "a's"), ("b", "b's"), ("both", "both")) if pair[f"missing_{k}"])
     shared = f"{pair['n_shared']:,} rows" if pair["matched_by"] == "row" else f"{pair['n_shared']:,} shared rows (by {pair['matched_by']})"
-    left = f"; left out {pair['left_out_a']:,} of a, {pair['left_out_b']:,} of b" if pair["left_out_a"] or pair["left_out_b"] else ""
-    yield f"  n = {pair['n']:,} with both scores, of {shared}{f'; {missing}' if missing else ''}{left}", ""
+    yield f"  n = {pair['n']:,} with both scores, of {shared}{f'; {missing}' if missing else ''}", ""
+    if pair["left_out_a"] or pair["left_out_b"]:
+        yield f"  left out, as only one file has them: {pair['left_out_a']:,} rows of a, {pair['left_out_b']:,} of b", ""
     if pair["note"]:
         yield f"  {pair['note']}", "yellow"
     remarks = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ KEYS = "number = score · s skip · r refusal · u undo · q quit"
 SHORT_KEYS = "0-100, s skip, r refuse, u undo, q quit"
 _SCORE = re.compile(r"[0-9]{1,3}([.,][0-9]{1,4})?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+MOST_EMPTY = 2
 RESERVED = 8
 """Lines of a screen that are not the text."""
 
@@ -138,10 +140,15 @@ def _show(screen: Console, ledger: Ledger, answer: Answer, page: int, note: str)
 
 
 def _block(screen: Console, title: str, text: str, width: int) -> list[str]:
-    """A title and the text under it, as lines of at most `width` columns."""
+    """A title and the text under it, as lines of at most `width` columns; a long run of empty lines is said instead of shown."""
     from rich.text import Text
 
     found = [title]
-    for line in printable(text, lines=True).strip("\n").split("\n"):
-        found += [part.plain.rstrip() for part in Text(line).wrap(screen, width)] or [""]
+    for empty, run in groupby(printable(text, lines=True).strip("\n").split("\n"), key=lambda line: not line.strip()):
+        lines = list(run)
+        if empty and len(lines) > MOST_EMPTY:
+            found += ["", f"[{len(lines)} empty lines]", ""]
+            continue
+        for line in lines:
+            found += [part.plain.rstrip() for part in Text(line).wrap(screen, width)] or [""]
     return found
