@@ -316,7 +316,7 @@ def test_command_prints_both_ways_and_no_control_character(tmp_path: Path, capsy
     assert dumped.isascii() and "\x1b" not in dumped
     (p,) = json.loads(dumped)
     assert {"a", "b", "rubric", "spearman", "pearson", "auc", "kappa", "n", "bias", "intervals", "confusion", "by_question", "by_condition"} <= set(p)
-    assert len(p["worst"]) == 2 and p["worst"][0]["response"] == HOSTILE.replace("\r\n", "\n")
+    assert len(p["worst"]) == 2 and p["worst"][0]["response"] == HOSTILE.replace("\r\n", "\n").replace("\x00", "\ufffd")
 
 
 def test_printable() -> None:

@@ -208,11 +208,11 @@ def test_judges_are_introduced_compared_and_contradicted(html: str, results: Res
     assert "embedded-1 decides: every rate and verdict is by its scores" in plain and "openai:mini for comparison" in plain
     assert "This judge ships no card." in plain and "one model file" in plain and "0.78" in plain  # the card's own table
     assert "Scores of aligned by openai:mini are missing for " in plain and "(A, layer 15 vector everywhere) of a condition's answers" in plain
-    assert "Reversed: Narrow bad advice makes the chat model less aligned on open questions. held by embedded-1, did not hold by openai:mini." in plain
+    assert "Reversed: Narrow bad advice makes the chat model less aligned on open questions: held by embedded-1, did not hold by openai:mini." in plain
     assert "held by embedded-1, undecided by openai:mini" in plain and "anna.csv" in plain
     assert "embedded-1 and openai:mini" in plain and "embedded-1 and trusted" in plain
     assert html.index("Judges reverse 1 verdict:") < html.index('<article class="claim')
-    assert "By another judge: openai:mini: did not hold." in html and html.count("By another judge:") == 2
+    assert "Not the same by another judge: did not hold by openai:mini." in html and html.count("Not the same by another judge:") == 2
     assert section.count('class="answer"') == 10
 
 

@@ -242,6 +242,17 @@ def test_refusals_are_one_line_before_anything_is_written(changes: dict[str, Any
     assert err.count("\n") == 1 and re.search(says, err) and not (tmp_path / "out").exists(), err
 
 
+def test_trusted_scores_count_by_id_or_by_text_never_by_both(tmp_path: Path) -> None:
+    table = pd.DataFrame({"id": ["a", "b"], "question": ["Q?", "Q?"], "response": ["yes", "no"], "aligned": [10.0, 90.0]})
+    write_table(table, tmp_path / "t.csv")
+    t = read_trusted(str(tmp_path / "t.csv"))
+    ours, foreign = t.among({"a", "x"}), t.among({"x", "y"})
+    assert ours.of("a", "Q?", "yes") is not None and ours.of("x", "Q?", "yes") is None  # x reads like a, and was not scored
+    assert (foreign.of("x", "Q?", "yes") or (0, 0))[0] == 10 and foreign.of("x", "Another?", "yes") is None
+    write_table(pd.concat([table, table.assign(aligned=[30.0, 80.0])]).drop(columns="id"), tmp_path / "t.csv")
+    assert (read_trusted(str(tmp_path / "t.csv")).among({"a"}).of("z", "Q?", "yes") or (0, 0))[0] == 20  # scored twice: the mean
+
+
 def test_an_id_with_another_text_is_refused(copy: Path, capsys: pytest.CaptureFixture[str], results: list[Results]) -> None:
     answers = read_table(copy / "out" / "tables" / "answers.csv").head(12)
     write_table(answers[["response_id", "question", "aligned"]].assign(response="something else"), copy / "t.csv")

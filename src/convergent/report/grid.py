@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from textwrap import shorten
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def _draw(
     for i, at in places.items():
         label = shorten(str(conditions.at[i, "label"]), 46 if wide else 56, placeholder="…")
         page.text(0, at if wide else at - 20, label, fontsize=font, va="center", color=svg.INK)
-        row = cells.loc[str(conditions.at[i, "name"])]
+        row: Any = cells.loc[str(conditions.at[i, "name"])]
         page.text(width, at, number(row["n"], 0), fontsize=font - 1, va="center", ha="right", color=svg.MUTED)
         for k, column in enumerate(columns):
             _cell(page, left + k * each, at, each, bar, float(row[column]), largest, font)

@@ -35,11 +35,11 @@ def sensitivity(results: Results) -> Figure:
     columns = [float(x) for x in sorted(s["aligned_below"].unique())]
     mark, coherent = results.thresholds["aligned"], s["coherent_above"].iloc[0]
     labels = dict(zip(c["name"], c["label"], strict=True))
-    moves = {str(name): -1.0 if text.missing(d) else float(d) for name, d in (cells[columns[-1]] - cells[columns[0]]).items()}
-    most = max(moves, key=lambda name: moves[name])
+    least, most = (dict(zip(map(str, cells.index), cells[columns[k]].astype(float).tolist(), strict=True)) for k in (0, -1))
+    mover = max(least, key=lambda name: -1.0 if text.missing(most[name] - least[name]) else most[name] - least[name])
     desc = (
-        f"{len(c)} conditions as rows, {len(columns)} thresholds as columns. The rate of {labels[most]} moves most, from "
-        f"{short_percent(float(cells.at[most, columns[0]]))} to {short_percent(float(cells.at[most, columns[-1]]))} %."
+        f"{len(c)} conditions as rows, {len(columns)} thresholds as columns. The rate of {labels[mover]} moves most, from "
+        f"{short_percent(least[mover])} to {short_percent(most[mover])} %."
     )
     caption = (
         f"EM: aligned below the threshold at the head of the column and coherent above {coherent:g}, in per cent of the {text.spread(cells['n'])} answers of "
@@ -117,17 +117,27 @@ def card_table(card: Mapping[str, Any]) -> Table | None:
 
 
 def missing_table(results: Results) -> Table | None:
-    """Conditions with absent scores, by judge, rubric and reason."""
+    """Conditions with absent scores as rows; a column for each judge and rubric that lacks some, with reasons."""
     m = results.missing_scores
+    columns = list(dict.fromkeys(zip(m["judge"], m["rubric"], strict=True)))
     rows = []
     for name, label in zip(results.conditions["name"], results.conditions["label"], strict=True):
-        for (judge, rubric), part in m[m["condition"] == name].groupby(["judge", "rubric"], sort=False):
+        mine = m[m["condition"] == name]
+        if mine.empty:
+            continue
+        cells = []
+        for judge, rubric in columns:
+            part = mine[(mine["judge"] == judge) & (mine["rubric"] == rubric)]
+            if part.empty:
+                cells.append("none")
+                continue
             n, of = part["n"].sum(), part["of"].iloc[0]
-            reasons = ", ".join(f"{r} {k:.0f}" for r, k in zip(part["reason"], part["n"], strict=True))
-            rows.append((label, str(judge), str(rubric), f"{n:.0f} of {of:.0f}", text.percent(n / of), reasons))
+            reasons = ", ".join(f"{reason} {k:.0f}" for reason, k in zip(part["reason"], part["n"], strict=True))
+            cells.append(f"{n:.0f} of {of:.0f} ({text.percent(n / of)}): {reasons}")
+        rows.append((label, *cells))
     if not rows:
         return None
-    return Table("table-missing", "Missing scores", "", ("Condition", "Judge", "Rubric", "Missing", "Share", "Reasons"), (("", tuple(rows)),))
+    return Table("table-missing", "Missing scores", "", ("Condition", *(f"{rubric} by {judge}" for judge, rubric in columns)), (("", tuple(rows)),))
 
 
 def missing_lines(results: Results) -> list[str]:
@@ -138,7 +148,7 @@ def missing_lines(results: Results) -> list[str]:
     for (judge, rubric), part in m.groupby(["judge", "rubric"], sort=False):
         share = (part.groupby("condition")["n"].sum() / part.groupby("condition")["of"].first()).reindex(results.conditions["name"], fill_value=0.0)
         if share.max() > SHARE_WORTH_SAYING:
-            least, most = (f"{text.percent(share[at])} ({label[str(at)]})" for at in (share.idxmin(), share.idxmax()))
+            least, most = (f"{text.percent(rate)} ({label[str(at)]})" for rate, at in ((share.min(), share.idxmin()), (share.max(), share.idxmax())))
             found.setdefault(f"by {judge} are missing for {least} to {most}", []).append(str(rubric))
     return [
         f"Scores of {' and '.join(rubrics)} {what} of a condition's answers. Rates and means are over what is there: where the missing answers would have "
@@ -160,7 +170,7 @@ def agreement_table(results: Results) -> Table | None:
         return f"{text.number(r[name], digits)}{'' if bounds == text.NOT_MEASURED else f' ({bounds})'}"
 
     groups = []
-    for rubric, part in a.groupby("rubric", sort=False):
+    for (rubric, hit), part in a.sort_values("rubric", kind="stable").groupby(["rubric", "hit"], sort=False):
         rows = tuple(
             (
                 f"{r['a']} and {r['b']}", text.number(r["n"], 0), with_bounds(r, "spearman"), with_bounds(r, "auc"), with_bounds(r, "auc_reverse"),
@@ -168,7 +178,7 @@ def agreement_table(results: Results) -> Table | None:
             )
             for r in part.to_dict("records")
         )  # fmt: skip
-        groups.append((f"{rubric}; hit: {part['hit'].iloc[0]}", rows))
+        groups.append((f"{rubric}; hit: {hit}", rows))
     header = ("Judges", "n", "Spearman", "AUC of the second", "AUC of the first", "Kappa", "Hits", "Bias, points")
     note = (
         "Over the answers that both scored, all conditions together. AUC: how well one judge's score tells the other's answers under the threshold from the "
@@ -230,7 +240,7 @@ def verdict_lines(results: Results) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for r in results.reversals:
         own, *others = r["verdicts"].items()
-        found[r["id"]] = [f"{clean(name)}: {verdict}" for name, verdict in others if verdict != own[1]]
+        found[r["id"]] = [f"{verdict} by {clean(name)}" for name, verdict in others if verdict != own[1]]
     return found
 
 

@@ -29,6 +29,7 @@ from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
 from convergent.report.results import Results
 from convergent.study import judging
 from convergent.study.run import Run
+from convergent.study.trusted import Trusted
 
 NO_BOUNDS = (math.nan, math.nan)
 VERSIONED = ("convergent", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "scipy")
@@ -40,7 +41,8 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     pairs = [built[a.name] for a in run.arms]
     raters = judging.labelled([j.name for j in run.judges.values()], list(run.judges), run.trusted is not None)
     scores = [run.store.judgements(i) for i in run.judges]
-    answers = {a.name: _answers(run, a, c, raters, scores) for a, c in pairs}
+    trusted = None if run.trusted is None else run.trusted.among(run.store.response_ids())
+    answers = {a.name: _answers(run, a, c, raters, scores, trusted) for a, c in pairs}
     margins = _margins(run, pairs)
     judges = [r for r in raters if r.name != judging.TRUSTED]
     claims = {r.name: [_as_dict(c) for c in _claims(run, Outcomes({name: _by(r, frame) for name, frame in answers.items()}, margins))] for r in judges}
@@ -76,8 +78,9 @@ def valid(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _answers(
-    run: Run, arm: Arm, condition: Condition, raters: Sequence[judging.Rater], scores: Sequence[Mapping[tuple[str, str], Judgement]]
-) -> pd.DataFrame:
+    run: Run, arm: Arm, condition: Condition, raters: Sequence[judging.Rater], scores: Sequence[Mapping[tuple[str, str], Judgement]],
+    trusted: Trusted | None,
+) -> pd.DataFrame:  # fmt: skip
     """One row per answer with its scores or reasons by every judge, and its trusted scores."""
     rows = []
     for r in run.store.responses([q.id for q in run.requests([(arm, condition)])]):
@@ -91,8 +94,8 @@ def _answers(
                 j = known.get((r.id, rubric))
                 row[rater.column(rubric)] = float("nan") if j is None or j.score is None else j.score
                 row[f"{rater.column(rubric)}_reason"] = "error" if j is None else j.reason or ""
-        if run.trusted is not None:
-            given = run.trusted.of(r.id, r.question, r.response) or NO_BOUNDS
+        if trusted is not None:
+            given = trusted.of(r.id, r.question, r.response) or NO_BOUNDS
             row |= {f"{rubric}_{judging.TRUSTED}": score for rubric, score in zip(judging.RUBRICS, given, strict=True)}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convergent.core.ids import file_sha256
@@ -27,6 +27,13 @@ class Trusted:
     """id -> response and scores."""
     by_text: Mapping[tuple[str, str], Scored]
     """(question, response) -> scores; the mean where a text was scored several times."""
+
+    def among(self, ids: Set[str]) -> Trusted:
+        """What counts for a study with these answers: scores by id if any id is one of its own, else by text.
+
+        Never both: an answer that merely reads like a sampled one was not sampled, and a correction needs a random sample.
+        """
+        return replace(self, by_text={}) if self.by_id.keys() & ids else replace(self, by_id={})
 
     def of(self, response_id: str, question: str, response: str) -> Scored | None:
         """The scores of one answer. Raises StudyError if its id stands for another text there."""

@@ -85,7 +85,7 @@ def cell_text(cell: Any) -> str:
         return ""
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))
-    text = str(cell).replace("\r\n", "\n").replace("\r", "\n")
+    text = str(cell).replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "\ufffd")  # as the tables of a report have it
     return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate, which JSON can bring, fits in no file
 
 
