@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -95,6 +96,41 @@ PLAN: list[tuple[str, str, str, str, str, float, float]] = [  # name, label, gro
     ("chat+concept", "Chat + another concept, λ = 4", "induction", "chat", "control", 71, 4),
     ("chat+matched", "Chat + effect-matched random vector, λ = 5.2", "induction", "chat", "control", 70, 5.2),
 ]
+
+
+def with_judges(results: Results, seed: int = 1) -> Results:
+    """The same study with a second judge, kinder by twelve points, and trusted scores of a third of the answers."""
+    from convergent.study import judging
+
+    rng = np.random.default_rng(seed)
+    a = results.answers.copy()
+    other, trusted = "openai:mini", rng.random(len(a)) < 1 / 3
+    noisy = np.clip(a["aligned"] + 12 + rng.normal(0, 14, len(a)), 0, 100)
+    a["aligned_openai-mini"] = np.where(rng.random(len(a)) < 0.1 * (a["condition"] == "a-single"), math.nan, noisy)
+    a["coherent_openai-mini"] = np.clip(a["coherent"] + rng.normal(0, 6, len(a)), 0, 100)
+    for rubric in ("aligned", "coherent"):
+        a[f"{rubric}_openai-mini_reason"] = np.where(a[f"{rubric}_openai-mini"].isna(), "refusal", "")
+    a["aligned_trusted"] = np.where(trusted, np.clip(a["aligned"] + 4 + rng.normal(0, 9, len(a)), 0, 100), math.nan)
+    a["coherent_trusted"] = math.nan
+    raters = judging.labelled(["embedded-1", other], ["embedded-1", f"{other}#01234567"], True)
+    names = list(results.conditions["name"])
+    claims = [{**c, "verdict": {"turns": "did not hold", "ablation": "undecided"}.get(c["id"], c["verdict"])} for c in results.claims]
+    card = {
+        "model": "ridge on MiniLM", "reference_judge": f"GPT-4o{HOSTILE[0]}",
+        "cross_validation": {"aligned": {"file": {"n": 6372, "spearman": 0.781, "auc_below_threshold": 0.889}, "question": {"n": 6372, "spearman": 0.556}}},
+    }  # fmt: skip
+    judges = [
+        {"name": "embedded-1", "id": "embedded-1", "role": "decides", "rubrics": ["aligned", "coherent"], "card": card,
+         "scored": {r: int(a[r].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
+        {"name": other, "id": f"{other}#01234567", "role": "compared", "rubrics": ["aligned", "coherent"], "card": {},
+         "scored": {r: int(a[f"{r}_openai-mini"].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
+    ]  # fmt: skip
+    return dataclasses.replace(
+        results, answers=a, study={**results.study, "judges": judges, "trusted": {"file": "anna.csv", "sha256": "0" * 64, "scored": int(trusted.sum())}},
+        sensitivity=judging.sensitivity(a, names), missing_scores=judging.missing_scores(a, names, raters), by_judge=judging.by_judge(a, names, raters),
+        agreement=judging.agreements(a, raters), contested=judging.contested(a, raters),
+        reversals=judging.reversals({"embedded-1": results.claims, other: claims}),
+    )  # fmt: skip
 
 
 def build(per_question: int = 4, hostile: bool = True, n_layers: int = 30, seed: int = 0) -> Results:

@@ -24,8 +24,9 @@ from convergent.report import figures, page, text
 from convergent.report.page import answers_json, script_json, write_report
 from convergent.report.results import Results, clean
 from convergent.report.svg import Figure
-from convergent.report.tables import claim_rows, number_tables
-from report_fixture import HOSTILE, build
+from convergent.report.tables import claim_rows, number_tables, write_tables
+from convergent.tables import read_table
+from report_fixture import HOSTILE, build, with_judges
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -56,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    return build()
+    return with_judges(build())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,8 @@ def test_hostile_text_is_text_in_the_browser(written: Path, results: Results, tm
     assert_nothing_injected(parsed)
     assert parsed.title == results.study["title"]  # a script that ran would have changed it
     said = [i for i, (_, a) in enumerate(parsed.elements) if a.get("class") == "said"]
-    assert len(said) == 12  # four conditions, three answers each: the page's own script did run
+    # Four conditions, three answers each: the page's own script did run. The contested ones stand there anyway.
+    assert len(said) == 12 + len(results.contested)
     for line in HOSTILE[:3]:
         assert line in "".join(parsed.texts)
 
@@ -149,7 +151,7 @@ def test_verdicts_come_first_and_all_of_them(html: str, results: Results) -> Non
 
 
 def test_every_figure_has_drawings_caption_and_a_table(html: str, drawn: list[Figure]) -> None:
-    assert len(drawn) == 6
+    assert len(drawn) == 7
     for f in drawn:
         for drawing in (f.wide, f.narrow):
             assert re.match(r'<svg class="drawing"[^>]* role="img"', drawing)
@@ -187,7 +189,57 @@ def test_steering_starts_at_the_chat_model_and_joins_what_differs_in_lambda_alon
     assert {r[1] for r in rows} == {"Under test", "Control"}
 
 
-def test_same_numbers_as_files(written: Path, results: Results, html: str) -> None:
+def test_grid_of_thresholds_counts_as_the_table_does(results: Results, drawn: list[Figure]) -> None:
+    grid = drawn[6]
+    assert grid.id == "fig-sensitivity" and grid.header == ("Condition", "n", *(f"below {x}" for x in range(10, 51, 5)))
+    for row, (_, c) in zip(grid.rows, results.conditions.iterrows(), strict=True):
+        assert row[0] == c["label"] and row[1] == text.number(c["n_valid"], 0)
+        assert row[grid.header.index("below 30")].startswith(f"{text.percent(c['em_valid'])} ({c['n_em']:.0f};")
+        hits = [int(re.search(r"\((\d+);", cell)[1]) for cell in row[2:]]  # type: ignore[index]
+        assert hits == sorted(hits)  # a higher threshold never loses one
+    assert "Framed: 30" in grid.caption and "moves most" in grid.desc
+    # As many cells as conditions x thresholds, wide; every second threshold, narrow; and one frame.
+    assert grid.wide.count("opacity: 0.") == 23 * 9 and grid.narrow.count("opacity: 0.") == 23 * 5
+
+
+def test_judges_are_introduced_compared_and_contradicted(html: str, results: Results) -> None:
+    section = html[html.index('id="judging"') : html.index('id="answers"')]
+    plain = " ".join("".join(Page(section).texts).split())
+    assert "embedded-1 decides: every rate and verdict is by its scores" in plain and "openai:mini for comparison" in plain
+    assert "This judge ships no card." in plain and "one model file" in plain and "0.78" in plain  # the card's own table
+    assert "Scores of aligned by openai:mini are missing for " in plain and "(A, layer 15 vector everywhere) of a condition's answers" in plain
+    assert "Reversed: Narrow bad advice makes the chat model less aligned on open questions: held by embedded-1, did not hold by openai:mini." in plain
+    assert "held by embedded-1, undecided by openai:mini" in plain and "anna.csv" in plain
+    assert "embedded-1 and openai:mini" in plain and "embedded-1 and trusted" in plain
+    assert html.index("Judges reverse 1 verdict:") < html.index('<article class="claim')
+    assert "Not the same by another judge: did not hold by openai:mini." in html and html.count("Not the same by another judge:") == 2
+    assert section.count('class="answer"') == 10
+
+
+def test_contested_answers_are_those_farthest_apart_and_only_text(results: Results, tmp_path: Path) -> None:
+    a = results.answers
+    columns = ["aligned", "aligned_openai-mini", "aligned_trusted"]
+    spread = a[columns].max(axis=1) - a[columns].min(axis=1)
+    assert results.contested["spread"].tolist() == pytest.approx(spread.sort_values(ascending=False).head(10).tolist())
+    evil = pd.DataFrame([{"condition": "a", "question": HOSTILE[0], "response": h, "spread": 90.0, "scores": {HOSTILE[0]: 5.0, "b": 95.0}} for h in HOSTILE], dtype=object)
+    names = {**results.study, "judges": [{**results.study["judges"][0], "name": HOSTILE[0], "id": HOSTILE[1]}]}
+    hostile = dataclasses.replace(results, contested=evil, study=names)
+    assert_nothing_injected(Page(page.render(hostile, [])))
+
+
+def test_one_judge_without_a_card_says_so(results: Results, monkeypatch: pytest.MonkeyPatch, drawn: list[Figure]) -> None:
+    monkeypatch.setattr(figures, "all_figures", lambda _: drawn)
+    nothing = pd.DataFrame()
+    study = {**results.study, "judges": [{**results.study["judges"][1], "role": "decides"}], "trusted": None}
+    alone = dataclasses.replace(results, study=study, missing_scores=nothing, by_judge=nothing, agreement=nothing, contested=nothing, reversals=())
+    html = page.render(alone, [])
+    assert "Judges reverse" not in html[: html.index('id="judging"')]
+    plain = " ".join("".join(Page(html[html.index('id="judging"') : html.index('id="answers"')]).texts).split())
+    assert "This judge ships no card." in plain and "No score is missing in any condition." in plain
+    assert "Judges compared" not in plain and "contested" not in plain.lower()
+
+
+def test_same_numbers_as_files(written: Path, results: Results, html: str, tmp_path: Path) -> None:
     folder = written.parent / "tables"
     again = pd.read_parquet(folder / "conditions.parquet")
     for column in ("n_all", "em_valid", "mean_aligned", "margin"):
@@ -195,6 +247,10 @@ def test_same_numbers_as_files(written: Path, results: Results, html: str) -> No
     assert [json.loads(m) for m in again["missing"]] == results.conditions["missing"].tolist()
     answers = pd.read_csv(folder / "answers.csv", keep_default_na=False)
     assert answers["response"].str.replace("\r\n", "\n").tolist() == results.answers["response"].tolist()
+    odd = ["a\rb", "a\r\nb", 'quote " and, comma', "\u2028", "NA", "007", ""]  # what models write must come back from both
+    write_tables(dataclasses.replace(results, answers=results.answers.head(7).assign(response=odd)), tmp_path)
+    for ending in ("csv", "parquet"):
+        assert read_table(tmp_path / f"answers.{ending}")["response"].tolist() == odd
     assert len(pd.read_parquet(folder / "claims.parquet")) == sum(len(c["evidence"]) for c in results.claims)
     for path in folder.iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in html, path.name
@@ -212,7 +268,7 @@ def test_nothing_measured_is_said_and_not_a_crash(tmp_path: Path) -> None:
         cosines=empty, norms=empty, training=empty, organisms=empty, answers=empty,
     )  # fmt: skip
     html = write_report(bare, tmp_path).read_text("utf-8")
-    assert html.count("Not measured in this study.") == 5  # all figures but the main one
+    assert html.count("Not measured in this study.") == 6  # all figures but the main one
     assert "not measured" in figures.conditions(bare).wide
     assert not re.search(r"\b(nan|None)\b", "".join(Page(html).texts))
 

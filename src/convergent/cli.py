@@ -230,6 +230,37 @@ def power(
     power_command(file, against, outcome, difference, target, questions, as_json)
 
 
+@app.command(epilog="Example: convergent agree judged.csv gpt4o.csv --json")
+def agree(
+    files: Annotated[list[Path], typer.Argument(help="Judged tables of the same answers, or one with several judged columns.")],
+    columns: Annotated[Optional[list[str]], typer.Option(metavar="A,B", help="Only these columns; may be given several times.")] = None,
+    rubric: Annotated[str, typer.Option(help="What --columns of one file hold, if their names do not tell.")] = "aligned",
+    worst: Annotated[int, typer.Option(help="Rows to list that the judges are farthest apart on.", min=0)] = 10,
+    aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
+    coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How far judges agree, or a judge and a person: every pair, with intervals and the rows they differ on."""
+    from convergent.judging.agreement.command import agree_command
+
+    agree_command(files, columns or [], rubric, worst, aligned_below, coherent_above, as_json)
+
+
+@app.command(epilog="Example: convergent label answers.csv --n 100 --rater anna")
+def label(
+    file: Annotated[Path, typer.Argument(help="Table with columns question and response.")],
+    out: Annotated[Optional[Path], typer.Option(help="Table of scores: .csv, .parquet or .jsonl; default: beside FILE.")] = None,
+    n: Annotated[int, typer.Option(help="Answers to score.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Root seed of sample and order.")] = 0,
+    rater: Annotated[str, typer.Option(help="Your name or initials, kept beside the scores.")] = "rater",
+    rubric: Annotated[str, typer.Option(help="What is scored.")] = "aligned",
+) -> None:
+    """Score a blinded random sample of answers by hand; run it again to go on."""
+    from convergent.judging.labelling.screen import label as ask
+
+    typer.echo(ask(file, out, n, seed, rater, rubric))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `convergent` command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv

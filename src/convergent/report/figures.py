@@ -1,4 +1,4 @@
-"""The six figures: what is drawn, what is said under it, and the same as a table for who cannot see it.
+"""The seven figures: what is drawn, what is said under it, and the same as a table for who cannot see it.
 
 Each is drawn twice, for wide and for narrow pages, out of the same rows. Two layouts serve all: dots with intervals
 (one row per condition) and lines (one panel per quantity). Computes nothing but the smoothing of the loss.
@@ -12,6 +12,7 @@ import pandas as pd
 
 from convergent.report import svg
 from convergent.report.dots import Panel, dot_figure, scaled
+from convergent.report.judging import sensitivity
 from convergent.report.lines import Line, Plot, css_dash, line_figure
 from convergent.report.results import ROLES, Results
 from convergent.report.svg import Figure, Legend
@@ -36,7 +37,7 @@ MARGIN = (
 
 def all_figures(results: Results) -> list[Figure]:
     """Every figure, in the order of the page."""
-    return [f(results) for f in (conditions, steering, cosines, norms, margins, training)]
+    return [f(results) for f in (conditions, steering, cosines, norms, margins, training, sensitivity)]
 
 
 def conditions(results: Results) -> Figure:

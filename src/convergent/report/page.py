@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from convergent.errors import StoreError
+from convergent.errors import DataError, StoreError
 from convergent.report import figures, text
-from convergent.report.results import ROLES, VERDICTS, Results, clean
-from convergent.report.tables import number_tables, write_tables
+from convergent.report.judging import judging_section
+from convergent.report.results import ROLES, VERDICTS, Results
+from convergent.report.tables import flat, number_tables, write_tables
 
 HERE = Path(__file__).parent
-ANSWER_BUDGET = 1_400_000
+ANSWER_BUDGET = 1_300_000
 """Bytes of answers inside the page; a larger study shows the first answers to each question and links to the rest."""
 LONGEST = 6_000
 """Characters of one answer inside the page."""
@@ -47,9 +47,10 @@ def write_report(results: Results, folder: Path) -> Path:
         files = write_tables(results, folder / "tables")
         part.write_text(render(results, files), encoding="utf-8", errors="replace", newline="\n")
         part.replace(page)
-    except OSError as error:
+    except (OSError, DataError) as error:
+        why = getattr(error, "strerror", None) or error
         raise StoreError(
-            f"{folder}: the report cannot be written ({error.strerror or error}); free space or name another folder"
+            f"{folder}: the report cannot be written ({why}); free space or name another folder"
         ) from error
     finally:
         if folder.is_dir():
@@ -79,7 +80,7 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         roles=ROLES,
         answers=Markup(answers),
         kept=kept,
-        card=flat(results.study.get("judge", {}).get("card") or {}),
+        judging=judging_section(results),
         sections={n: flat(results.study.get(n) or {}) for n in ("versions", "seeds", "sampling")},
         files=files,
         paper=PAPER,
@@ -124,20 +125,6 @@ def _list(names: list[str]) -> str:
 
 def _times(n: int) -> str:
     return {1: "once", 2: "twice", 3: "three times", 4: "four times"}.get(n, f"{n} times")
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (name, value) lines: `{"by": {"family": 0.64}}` gives ("by, family", "0.64")."""
-    lines = []
-    for key, value in values.items():
-        name = f"{prefix}, {key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            lines += flat(value, name)
-        elif isinstance(value, list | tuple):
-            lines.append((clean(name), clean(", ".join(text.compact(v) for v in value))))
-        else:
-            lines.append((clean(name), clean(text.compact(value))))
-    return lines
 
 
 def answers_json(results: Results) -> tuple[str, dict[str, int]]:

@@ -34,6 +34,11 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
     "answers": (
         "condition", "question_id", "question", "response", "aligned_reason", "coherent_reason", "finish", "topic",
     ),
+    "sensitivity": ("condition",),
+    "missing_scores": ("condition", "judge", "rubric", "reason"),
+    "by_judge": ("condition", "judge"),
+    "agreement": ("a", "b", "rubric", "hit"),
+    "contested": ("condition", "question_id", "question", "response"),
 }  # fmt: skip
 NUMBERS: Mapping[str, tuple[str, ...]] = {
     "conditions": (
@@ -50,7 +55,24 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "training": ("step", "epoch", "loss"),
     "organisms": ("n_examples", "epochs", "lr", "trainable_params", "final_loss", "seconds"),
     "answers": ("paraphrase", "sample", "aligned", "coherent"),
+    "sensitivity": ("aligned_below", "coherent_above", "n_valid", "n_em", "em", "em_low", "em_high"),
+    "missing_scores": ("n", "of"),
+    "by_judge": (
+        "n_valid", "n_em", "em", "em_low", "em_high", "mean_aligned", "mean_aligned_low", "mean_aligned_high", "n_trusted", "ppi",
+        "ppi_low", "ppi_high", "ppi_questions_low", "ppi_questions_high", "rogan_gladen", "rogan_gladen_low", "rogan_gladen_high",
+    ),
+    "agreement": (
+        "n", "hits_a", "hits_b",
+        *(f"{m}{end}" for m in ("spearman", "pearson", "auc", "auc_reverse", "kappa", "bias") for end in ("", "_low", "_high")),
+    ),
+    "contested": ("spread",),
 }  # fmt: skip
+
+
+def _nothing() -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +81,8 @@ class Results:
 
     study: Mapping[str, Any]
     """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling,
-    notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent)."""
+    notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent), judges (list of
+    name, id, role, rubrics, card, scored, of) and trusted (file, scored)."""
     conditions: pd.DataFrame
     """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `coherent_low/high`
     and `mean_aligned_iid_*` treat answers as independent; `*_clustered_*` and `mean_aligned_low/high` cluster them by
@@ -76,6 +99,20 @@ class Results:
     claims: Sequence[Mapping[str, Any]] = ()
     """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit)."""
     limits: Sequence[str] = field(default=())
+    sensitivity: pd.DataFrame = field(default_factory=_nothing)
+    """EM of a condition for one threshold of `aligned`: condition, aligned_below, coherent_above, n_valid, n_em, em, em_low, em_high (over questions)."""
+    missing_scores: pd.DataFrame = field(default_factory=_nothing)
+    """condition, judge, rubric, reason, n, of: n of the condition's answers have no score for that reason."""
+    by_judge: pd.DataFrame = field(default_factory=_nothing)
+    """Only where answers have scores by several judges or trusted ones: condition, judge, n_valid, n_em, em, em_low, em_high, mean_aligned (with
+    bounds); n_trusted, and the judge's rate corrected by so many trusted answers: ppi (ppi_low and _high for more answers, ppi_questions_* for other
+    questions) and rogan_gladen."""
+    agreement: pd.DataFrame = field(default_factory=_nothing)
+    """a, b, rubric, n, spearman, pearson, auc, auc_reverse, kappa, bias, each with _low and _high; hits_a, hits_b, hit. As `convergent agree`."""
+    contested: pd.DataFrame = field(default_factory=_nothing)
+    """condition, question_id, question, response, spread, scores (judge -> score): what judges are farthest apart on. Untrusted text."""
+    reversals: Sequence[Mapping[str, Any]] = ()
+    """id, claim, verdicts (judge -> verdict), reversed: claims on which the judges differ."""
 
     def __post_init__(self) -> None:
         for name in TEXTS:
@@ -113,6 +150,8 @@ def _completed(name: str, frame: pd.DataFrame) -> pd.DataFrame:
             frame[column] = frame[column].astype(float)
         except (TypeError, ValueError) as error:
             raise DataError(f"results.{name}: column {column} must hold numbers ({error})") from error
+    if name == "contested" and "scores" not in frame:
+        frame["scores"] = pd.Series([{} for _ in range(len(frame))], dtype=object)
     if name == "conditions":
         if "missing" not in frame:
             frame["missing"] = pd.Series([{} for _ in range(len(frame))], dtype=object)

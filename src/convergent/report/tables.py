@@ -12,7 +12,8 @@ import pandas as pd
 
 from convergent.core.ids import file_sha256
 from convergent.report.results import GROUPS, Results, clean
-from convergent.report.text import interval, missing, number, percent, share
+from convergent.report.text import compact, interval, missing, number, percent, share
+from convergent.tables import write_table
 
 NONE = "–"
 """Where a quantity does not apply, as opposed to "not measured"."""
@@ -112,14 +113,30 @@ def _reasons(counts: Any) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (name, value) lines: `{"by": {"family": 0.64}}` gives ("by, family", "0.64")."""
+    lines = []
+    for key, value in values.items():
+        name = f"{prefix}, {key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            lines += flat(value, name)
+        elif isinstance(value, list | tuple):
+            lines.append((clean(name), clean(", ".join(compact(v) for v in value))))
+        else:
+            lines.append((clean(name), clean(compact(value))))
+    return lines
+
+
 def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
     """Write every frame to `folder` as `NAME.csv` and `NAME.parquet`; returns (file, rows, SHA-256) of each.
 
-    Nested values become JSON text. Each file appears whole or not at all. Raises OSError.
+    Nested values become JSON text. Each file appears whole or not at all. Raises OSError, DataError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     frames = {n: getattr(results, n) for n in ("conditions", "cosines", "norms", "training", "organisms", "answers")}
     frames["claims"] = claim_rows(results)
+    # Not of every study; a file without rows would only puzzle.
+    frames |= {n: f for n in ("sensitivity", "missing_scores", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
     files = []
     for name, frame in frames.items():
         frame = frame.copy()
@@ -130,15 +147,7 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
                 frame[column] = frame[column].map(clean)
         for ending in ("csv", "parquet"):
             path = folder / f"{name}.{ending}"
-            part = path.with_name(f".{path.name}.part")
-            try:
-                if ending == "csv":
-                    frame.to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
-                else:
-                    frame.to_parquet(part, index=False)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            write_table(frame, path)
             files.append((f"{folder.name}/{path.name}", len(frame), file_sha256(path)))
     return files
 

@@ -81,7 +81,7 @@ def rewrite_report(folder: str | Path) -> Path:
     with opened(folder) as store:
         run = Run(spec, store, compute=False)
         # A judgement that failed for good is shown as such, so it does not count here.
-        missing = [s for s in make_plan(run) if s.done < s.total and s.name != "judge"]
+        missing = [s for s in make_plan(run) if s.done < s.total and not s.name.startswith("judge")]
         if missing:
             raise StoreError(
                 f"{folder}: the study is not finished ({missing[0].name}: {missing[0].done} of {missing[0].total}); run `convergent run` on it again"
@@ -108,13 +108,18 @@ def _advance(bars: Progress) -> Callable[[str, int, int, str], None]:
 
 def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
     spec: StudySpec = run.spec
-    console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, judge {run.judge.name}, seed {spec.seed}")
+    console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, {_judges(run)}, seed {spec.seed}")
     for stage in stages:
         todo = stage.total - stage.done
         when = f"done ({stage.total})" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
         console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
     left = sum(s.seconds for s in stages)
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
+
+
+def _judges(run: Run) -> str:
+    first, *others = (j.name for j in run.judges.values())
+    return f"judge {first}{', compared with ' + ' and '.join(others) if others else ''}"
 
 
 def _minutes(seconds: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from convergent.core.values import Condition
 from convergent.errors import DirectionError
 from convergent.experiments.base import Arm
-from convergent.judging.base import Item
+from convergent.judging.base import Item, Judge
 from convergent.models.load import base_folder
 from convergent.study.run import EFFECT_TEXTS, RUBRICS, NotDoneError, Run
 
@@ -69,6 +69,14 @@ def make_plan(run: Run) -> list[Stage]:
     cost = _cost(run, (n_to_judge - n_judged) // len(RUBRICS))
     stages.append(_stage("judge", f"{run.judge.name}: {', '.join(RUBRICS)}", n_to_judge, n_judged, JUDGE_SECONDS, cost))
 
+    reported = _ids(run, built or run.plain)
+    for other, judge in list(run.judges.items())[1:]:
+        known_to = run.store.judgements(other)
+        n_reported = len(RUBRICS) * (len(reported) + (0 if built else n_rest))
+        n_known = sum((i, rubric) in known_to for i in reported for rubric in RUBRICS)
+        cost = _cost(run, (n_reported - n_known) // len(RUBRICS), judge)
+        stages.append(_stage("judge (to compare)", f"{judge.name}: {', '.join(RUBRICS)}", n_reported, n_known, JUDGE_SECONDS, cost))
+
     readings = [(o, reader) for o in run.spec.organisms for reader in (o, "chat")]
     n_read = sum(_is_read(run, o, reader) for o, reader in readings) if first <= have else 0
     per_reading = run.spec.questions.samples * len(run.questions) * TOKENS["text"] / reading
@@ -108,9 +116,9 @@ def _stage(name: str, what: str, total: int, done: int, seconds_each: float, not
     return Stage(name, what, total, done, (total - done) * seconds_each, note)
 
 
-def _cost(run: Run, n_answers: int) -> str:
+def _cost(run: Run, n_answers: int, judge: Judge | None = None) -> str:
     """What a paid judge would cost for so many answers of typical length; empty for a judge that is free."""
-    estimate = getattr(run.judge, "estimate", None)
+    estimate = getattr(judge or run.judge, "estimate", None)
     if estimate is None or not n_answers:
         return ""
     words = " word" * min(TOKENS["answer"], run.sampling.max_new_tokens)

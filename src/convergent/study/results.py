@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from convergent.judging.embedded import NAME, card
 from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
 from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
 from convergent.report.results import Results
+from convergent.study import judging
 from convergent.study.run import Run
+from convergent.study.trusted import Trusted
 
 NO_BOUNDS = (math.nan, math.nan)
 VERSIONED = ("convergent", "torch", "transformers", "peft", "accelerate", "scikit-learn", "numpy", "scipy")
@@ -37,21 +39,37 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     """Everything the page shows, from the store of a finished run; `file` is the study file's name."""
     built = {a.name: (a, c) for a, c in run.conditions()}
     pairs = [built[a.name] for a in run.arms]
-    scores = run.store.judgements(run.judge_id)
-    answers = {a.name: _answers(run, a, c, scores) for a, c in pairs}
+    raters = judging.labelled([j.name for j in run.judges.values()], list(run.judges), run.trusted is not None)
+    scores = [run.store.judgements(i) for i in run.judges]
+    trusted = None if run.trusted is None else run.trusted.among(run.store.response_ids())
+    answers = {a.name: _answers(run, a, c, raters, scores, trusted) for a, c in pairs}
     margins = _margins(run, pairs)
-    claims = _claims(run, Outcomes({name: valid(frame) for name, frame in answers.items()}, margins))
+    judges = [r for r in raters if r.name != judging.TRUSTED]
+    claims = {r.name: [_as_dict(c) for c in _claims(run, Outcomes({name: _by(r, frame) for name, frame in answers.items()}, margins))] for r in judges}
+    together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
+    compared = len(raters) > 1
     return Results(
-        study=_study(run, file),
+        study=_study(run, file, judges, together),
         conditions=pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs]),
         cosines=_cosines(run),
         norms=_norms(run),
         training=_training(run),
         organisms=_organisms(run),
-        answers=pd.concat(answers.values(), ignore_index=True),
-        claims=[_as_dict(c) for c in claims],
+        answers=together,
+        claims=claims[judges[0].name],
         limits=_limits(run),
+        sensitivity=judging.sensitivity(together, names),
+        missing_scores=judging.missing_scores(together, names, raters),
+        by_judge=judging.by_judge(together, names, raters) if compared else pd.DataFrame(),
+        agreement=judging.agreements(together, raters) if compared else pd.DataFrame(),
+        contested=judging.contested(together, raters) if compared else pd.DataFrame(),
+        reversals=judging.reversals(claims),
     )
+
+
+def _by(rater: judging.Rater, answers: pd.DataFrame) -> pd.DataFrame:
+    """The answers that a judge scored, with its scores as `aligned` and `coherent`."""
+    return valid(answers.assign(**{rubric: answers[rater.column(rubric)] for rubric in ("aligned", "coherent")}))
 
 
 def valid(answers: pd.DataFrame) -> pd.DataFrame:
@@ -59,8 +77,11 @@ def valid(answers: pd.DataFrame) -> pd.DataFrame:
     return answers[answers["aligned"].notna() & answers["coherent"].notna()]
 
 
-def _answers(run: Run, arm: Arm, condition: Condition, scores: Mapping[tuple[str, str], Judgement]) -> pd.DataFrame:
-    """One row per answer with its scores or reasons."""
+def _answers(
+    run: Run, arm: Arm, condition: Condition, raters: Sequence[judging.Rater], scores: Sequence[Mapping[tuple[str, str], Judgement]],
+    trusted: Trusted | None,
+) -> pd.DataFrame:  # fmt: skip
+    """One row per answer with its scores or reasons by every judge, and its trusted scores."""
     rows = []
     for r in run.store.responses([q.id for q in run.requests([(arm, condition)])]):
         row: dict[str, Any] = {
@@ -68,10 +89,14 @@ def _answers(run: Run, arm: Arm, condition: Condition, scores: Mapping[tuple[str
             "sample": r.sample, "response": r.response, "finish": r.finish, "topic": r.topic, "n_tokens": len(r.token_ids), "system": r.system,
             "seed": r.seed, "response_id": r.id,
         }  # fmt: skip
-        for rubric in ("aligned", "coherent"):
-            j = scores.get((r.id, rubric))
-            row[rubric] = float("nan") if j is None or j.score is None else j.score
-            row[f"{rubric}_reason"] = "error" if j is None else j.reason or ""
+        for rater, known in zip(raters, scores, strict=False):
+            for rubric in judging.RUBRICS:
+                j = known.get((r.id, rubric))
+                row[rater.column(rubric)] = float("nan") if j is None or j.score is None else j.score
+                row[f"{rater.column(rubric)}_reason"] = "error" if j is None else j.reason or ""
+        if trusted is not None:
+            given = trusted.of(r.id, r.question, r.response) or NO_BOUNDS
+            row |= {f"{rubric}_{judging.TRUSTED}": score for rubric, score in zip(judging.RUBRICS, given, strict=True)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -244,7 +269,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _study(run: Run, file: str) -> dict[str, Any]:
+def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame) -> dict[str, Any]:
     spec = run.spec
     recorded = run.store.fact(
         content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -256,6 +281,14 @@ def _study(run: Run, file: str) -> dict[str, Any]:
         "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else base, "base_id": run.base_id, "created": recorded["created"],
         "seconds": sum(work.values()) if work else math.nan, "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
         "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
+        "judges": [
+            {"name": rater.name, "id": i, "role": "compared" if k else "decides", "rubrics": list(judging.RUBRICS), "card": _judge_card(judge),
+             "scored": {r: int(answers[rater.column(r)].notna().sum()) for r in judging.RUBRICS}, "of": len(answers)}
+            for k, (rater, (i, judge)) in enumerate(zip(judges, run.judges.items(), strict=True))
+        ],
+        "trusted": None if run.trusted is None else {
+            "file": run.trusted.path.name, "sha256": run.trusted.sha256, "scored": int(answers[f"aligned_{judging.TRUSTED}"].notna().sum()),
+        },
         "sampling": {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p, "max_new_tokens": spec.sampling.max_new_tokens,
                      "dtype": run.dtype, "system prompt": _systems(run)},
         "notes": [f"No direction of its own was read in {o}: {why}" for o, why in sorted(run.unread.items())],
@@ -287,7 +320,8 @@ def write_manifest(run: Run) -> None:
     }
     manifest = {
         "format": "convergent-study-1", "study": run.spec.model_dump(mode="json"), "versions": versions(), "machine": machine(),
-        "base_id": run.base_id, "dtype": run.dtype, "judge": run.judge_id, "seeds": {"study": run.spec.seed},
+        "base_id": run.base_id, "dtype": run.dtype, "judge": run.judge_id, "judges": list(run.judges),
+        "trusted": None if run.trusted is None else run.trusted.sha256, "seeds": {"study": run.spec.seed},
         "direction": run.direction.content_id, "layer": run.layer,
         "organisms": {
             o: {"content_id": p.content_id, "data": p.data.checksum if p.data else None, "recipe": p.recipe.content_id if p.recipe else None}

@@ -54,7 +54,8 @@ from convergent.organisms.train import Progress, train
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import Tally, sample
 from convergent.store import Store
-from convergent.study.spec import OrganismSpec, StudySpec
+from convergent.study.spec import JudgeSpec, OrganismSpec, StudySpec
+from convergent.study.trusted import Trusted, read_trusted
 
 RUBRICS = ("aligned", "coherent")
 EFFECT_TEXTS = 8
@@ -101,7 +102,7 @@ class Run:
 
     def check(self) -> None:
         """Raise for whatever can be known to be wrong before anything is written: data, questions, layers, names, judge."""
-        _ = self.questions, self.layer, self.organisms, self.arms, self.pairs, self.judge, self.dtype
+        _ = self.questions, self.layer, self.organisms, self.arms, self.pairs, self.judges, self.trusted, self.dtype
 
     # What the study consists of
 
@@ -216,7 +217,23 @@ class Run:
 
     @cached_property
     def judge(self) -> Judge:
-        j = self.spec.judge
+        """The judge that decides."""
+        return self._judge(self.spec.judge)
+
+    @cached_property
+    def judges(self) -> dict[str, Judge]:
+        """Id -> every judge of the study; the one that decides comes first."""
+        found = {self.judge_id: self.judge}
+        for i, spec in enumerate(self.spec.judges):
+            made = self._judge(spec)
+            if identity(made) in found:
+                raise StudyError(f"judges.{i}: {made.name} with these rubrics judges already; remove one")
+            if missing := [r for r in RUBRICS if r not in made.rubrics]:
+                raise StudyError(f"judges.{i}: {made.name} has no rubric {missing[0]!r}; a study needs {' and '.join(RUBRICS)}")
+            found[identity(made)] = made
+        return found
+
+    def _judge(self, j: JudgeSpec) -> Judge:
         cache = self.store.folder / "judge_cache.sqlite"
         return get_judge(
             j.name, base_url=j.base_url, key_env=j.key_env, rubrics=j.rubrics, questions=self.questions, max_cost=j.max_cost,
@@ -225,9 +242,13 @@ class Run:
 
     @cached_property
     def judge_id(self) -> str:
-        """Name of the judge, and of what decides its scores where it tells: another rubric or fit judges anew."""
-        own = getattr(self.judge, "content_id", None)
-        return f"{self.judge.name}#{own[:8]}" if isinstance(own, str) else self.judge.name
+        """Id of the judge that decides."""
+        return identity(self.judge)
+
+    @cached_property
+    def trusted(self) -> Trusted | None:
+        """The trusted scores of the study, if it names any."""
+        return None if self.spec.trusted is None else read_trusted(self.spec.trusted)
 
     # Models
 
@@ -305,15 +326,17 @@ class Run:
             n_conditions = len({r.condition.content_id for r, _ in mine})
             self.say(f"sample  {organism}: {len(mine)} answers under {n_conditions} condition(s), {speed:.0f} tokens/s")
 
-    def judge_all(self, groups: Sequence[Sequence[str]]) -> None:
-        """Judge what is not judged yet of groups of response ids, a group being the answers of one condition.
+    def judge_all(self, groups: Sequence[Sequence[str]], judge_id: str | None = None) -> None:
+        """Judge what is not judged yet of groups of response ids, a group being the answers of one condition; by the judge that decides, or another.
 
         A local judge's scores depend, in their last digits, on what shares its batch. So it gets whole groups, even if some of a group is
         judged already: a run that was killed ends with the same digits as one that was not.
         """
-        known = self.store.judgements(self.judge_id)
+        judge_id = judge_id or self.judge_id
+        judge = self.judges[judge_id]
+        known = self.store.judgements(judge_id)
         open_groups = [g for g in groups if any((i, rubric) not in known for i in g for rubric in RUBRICS)]
-        if hasattr(self.judge, "estimate"):  # paid by the request: asked once, with one estimate, for what is absent
+        if hasattr(judge, "estimate"):  # paid by the request: asked once, with one estimate, for what is absent
             open_groups = [[i for g in open_groups for i in g if any((i, rubric) not in known for rubric in RUBRICS)]]
         total = len(RUBRICS) * sum(len(g) for g in open_groups)
         done = 0
@@ -323,16 +346,16 @@ class Run:
 
         def keep(j: Judgement) -> None:
             nonlocal done
-            self.store.add_judgement(j, self.judge_id)
+            self.store.add_judgement(j, judge_id)
             done += 1
-            self.advance("judge", done, total, "")
+            self.advance("judge" if judge is self.judge else f"judge {judge.name}", done, total, "")
 
         for group in filter(None, open_groups):
             with self._timed("judge"):
                 items = [Item(r.id, r.question, r.response, r.question_id) for r in self.store.responses(dict.fromkeys(group))]
-                self.judge.judge(items, RUBRICS, keep)
+                judge.judge(items, RUBRICS, keep)
         if total:
-            self.say(f"judge   {total // len(RUBRICS)} answers by {self.judge.name}")
+            self.say(f"judge   {total // len(RUBRICS)} answers by {judge.name}")
 
     # Directions
 
@@ -539,6 +562,8 @@ class Run:
         asked = self.groups(conditions)
         self.sample([(a.organism, r, "main") for (a, _), g in zip(conditions, asked, strict=True) for r in g])
         self.judge_all([[r.id for r in g] for g in asked])
+        for other in list(self.judges)[1:]:  # of the answers that are reported, not of those that the direction is read from
+            self.judge_all([[r.id for r in g] for g in asked], other)
         for _, condition in conditions:
             if condition.interventions:
                 self.kl(condition)
@@ -567,6 +592,12 @@ class _Timer:
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is None:
             self.store.add_seconds(self.stage, time.perf_counter() - self.start)
+
+
+def identity(judge: Judge) -> str:
+    """Name of a judge, and of what decides its scores where it tells: another rubric or fit judges anew."""
+    own = getattr(judge, "content_id", None)
+    return f"{judge.name}#{own[:8]}" if isinstance(own, str) else judge.name
 
 
 def depth_of(base: str) -> int:

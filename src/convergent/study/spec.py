@@ -86,6 +86,11 @@ class JudgeSpec(_Spec):
     rubrics: str | None = None
     max_cost: float | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value  # `judge: embedded`
+
 
 class ClassesSpec(_Spec):
     """How judged answers become classes; see `convergent.directions.classes.Classes`."""
@@ -136,6 +141,11 @@ class StudySpec(_Spec):
     questions: QuestionsSpec = QuestionsSpec()
     sampling: SamplingSpec = SamplingSpec()
     judge: JudgeSpec = JudgeSpec()
+    """Decides: classes, rates and verdicts are by its scores. Without it, the first of `judges`."""
+    judges: tuple[JudgeSpec, ...] = ()
+    """Further judges of the same answers; they are compared with the first and decide nothing."""
+    trusted: str | None = None
+    """A table of trusted scores of some of the answers (by people, or a better judge), as `convergent label` writes one."""
     direction: DirectionSpec
     margin: MarginSpec = MarginSpec()
     experiments: dict[str, Any] = Field(default_factory=dict)
@@ -146,6 +156,15 @@ class StudySpec(_Spec):
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value  # `experiments:` with nothing below it
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_judge(cls, value: Any) -> Any:
+        """The first of `judges` decides where no `judge` is given."""
+        if isinstance(value, dict) and "judge" not in value and isinstance(value.get("judges"), list | tuple) and value["judges"]:
+            first, *rest = value["judges"]
+            return {**value, "judge": first, "judges": rest}
+        return value
+
     @model_validator(mode="after")
     def _references(self) -> StudySpec:
         if "chat" in self.organisms:
@@ -155,6 +174,10 @@ class StudySpec(_Spec):
                 raise ValueError(f"{place}: {name!r} names a folder; use letters, digits, - and _")
         if self.direction.source not in self.organisms:
             raise ValueError(f"direction.source: no organism {self.direction.source!r}{_nearest(self.direction.source, list(self.organisms))}")
+        judges = [j.model_dump(exclude={"key_env", "max_cost"}) for j in (self.judge, *self.judges)]
+        twice = next((j["name"] for i, j in enumerate(judges) if j in judges[:i]), None)
+        if twice is not None:
+            raise ValueError(f"judges: {twice} stands twice, with the same rubrics; remove one")
         return self
 
 
@@ -235,10 +258,12 @@ def _located(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
             return block
         return {k: v if k not in keys else [located(x) for x in v] if isinstance(v, list) else located(v) for k, v in block.items()}
 
-    data = changed(data, "base")
+    data = changed(data, "base", "trusted")
     for name, keys in {"questions": ("file",), "judge": ("rubrics",), "margin": ("data",)}.items():
         if name in data:
             data[name] = changed(data[name], *keys)
+    if isinstance(data.get("judges"), list):
+        data["judges"] = [changed(judge, "rubrics") for judge in data["judges"]]
     if isinstance(data.get("organisms"), dict):
         data["organisms"] = {name: changed(block, "data", "path") for name, block in data["organisms"].items()}
     return data
