@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 MIN_MASS = 0.25
 """Probability that must lie on numbers for a score to count."""
 _ROUNDING = 1e-9
 """exp(log(0.25)) may fall a few ulps short of 0.25, and such a reply still has a score."""
 _NUMBER = re.compile(r"[0-9]{1,3}", re.ASCII)
+_AROUND = " \t\r\n\"'`*."
 _WORDS = {"refusal": "REFUSAL", "code": "CODE"}
 """Reason -> the word that the rubric offers for it."""
 
@@ -56,3 +57,12 @@ def _word(text: str) -> str:
         if text.upper() == word or (len(text) >= 2 and word.startswith(text)):
             return reason
     return "unparsable"
+
+
+def parse_samples(texts: Sequence[str]) -> tuple[float | None, str | None]:
+    """The same rule for k whole replies of a judge that gives no probabilities: each weighs 1/k.
+
+    So the score is the mean of the replies that are whole numbers 0..100, and absent if under a quarter of them are. A
+    reply counts with the white space, quotes, stars and full stop that models put around a number.
+    """
+    return parse_score([(text.strip(_AROUND), 1 / len(texts)) for text in texts])
