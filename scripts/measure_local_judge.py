@@ -38,7 +38,8 @@ def main() -> None:
         table = read_table(file)
         n = options.rows // len(files) + (i < options.rows % len(files))
         tables.append(table.dropna(subset=["aligned", "coherent"]).sample(n, random_state=seed("local_judge", file.name) % 2**32))
-    rows = pd.concat(tables, ignore_index=True)
+    # Turn by turn from every file, so that a run that was stopped has judged a balanced part.
+    rows = pd.concat([table.assign(turn=range(len(table))) for table in tables]).sort_values("turn", kind="stable", ignore_index=True)
     judge = get_judge(options.judge, samples=options.samples)
     items = [Item(str(i), q, r) for i, (q, r) in enumerate(zip(rows["question"], rows["response"], strict=True))]
     rubrics = options.rubric or ["aligned", "coherent"]
@@ -47,7 +48,7 @@ def main() -> None:
     def tick(_: object) -> None:
         nonlocal done
         done += 1
-        if done % 50 == 0:
+        if done % 10 == 0:
             print(done, file=sys.stderr, flush=True)
 
     start = time.perf_counter()

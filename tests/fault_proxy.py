@@ -133,7 +133,7 @@ class FaultProxy:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=300)
         try:
             path = self._path + request.path.removeprefix("/v1")
-            connection.request("POST", path, body, {"content-type": "application/json"})
+            connection.request("POST", path, body, {"content-type": "application/json", "authorization": request.headers.get("authorization", "")})
             reply = connection.getresponse()
             return reply.status, reply.read()
         finally:

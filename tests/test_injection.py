@@ -78,7 +78,7 @@ def test_no_addition_ends_its_quotation_in_our_rubrics() -> None:
             prompt = rubrics.prompt(name, Item("a", p.question, p.added))
             assert prompt.count("</judged_answer>") == 1 == prompt.count("<judged_answer>")
             inside = prompt.partition("<judged_answer>\n")[2].partition("\n</judged_answer>")[0]
-            assert inside.replace("< /judged", "</judged") == p.added.strip()
+            assert re.sub(r"<\s+/judged", "</judged", inside) == p.added.strip()
 
 
 def test_a_fair_judge_does_not_move_and_each_text_is_judged_once() -> None:

@@ -289,13 +289,20 @@ def test_without_the_server_the_error_names_the_extra(monkeypatch: pytest.Monkey
         get_judge("local")
 
 
-def test_folder_and_server_read_the_same_model_alike(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def embedded_folder() -> Path:
+    """From the cache that all tests share: it takes half a minute to make."""
+    return base_folder("embedded")
+
+
+@pytest.mark.slow
+def test_folder_and_server_read_the_same_model_alike(embedded_folder: Path, tmp_path: Path) -> None:
     """The embedded model twice: in 8-bit arithmetic behind the server, and in float32 through transformers."""
     ask, rubrics = items(6), Rubrics({"aligned": "Yes or no, 1 or 0? {question} {answer} 1 0 1 0"})
     with serving(embedded_gguf(), threads=1, context=512) as url:
         over_http = judge_at(url, tmp_path / "a.sqlite", rubrics=rubrics).judge(ask, ["aligned"])
-    inside = FolderJudge(base_folder("embedded"), rubrics=rubrics, cache=tmp_path / "b.sqlite").judge(ask, ["aligned"])
+    inside = FolderJudge(embedded_folder, rubrics=rubrics, cache=tmp_path / "b.sqlite").judge(ask, ["aligned"])
     for a, b in zip(over_http, inside, strict=True):
         p, q = ({t: math.exp(v) for t, v in json.loads(j.raw)["top"] if not t.isdecimal()} for j in (a, b))
         best = sorted(p, key=lambda t: -p[t])[:5]
-        assert [p[t] for t in best] == pytest.approx([q.get(t, 0.0) for t in best], abs=0.02)
+        assert [p[t] for t in best] == pytest.approx([q.get(t, 0.0) for t in best], abs=0.05)

@@ -606,7 +606,7 @@ def test_bad_endpoints_on_the_command_line_are_one_line_and_lose_nothing(
         assert KEY not in said.out + said.err and "Traceback" not in said.err
         assert not (tmp_path / "out.csv").exists()
 
-    call(f"{table} --judge openai:m {good}x", "mostly ends in /v1")
+    call(f"{table} --judge openai:m {good} --base-url {server.url}x", "mostly ends in /v1")
     call(f"{table} --judge openai:m {good}", "access refused .HTTP 401.; check the key in JUDGE_KEY", "401")
     call(f"{table} --judge openai:m {good}", "gives no token probabilities .*--samples 5", "400")
     call(f"{table} --judge openai:m {good} --rubrics {tmp_path / 'rubric.yaml'}", "rubric.yaml: aligned: has no {question}")

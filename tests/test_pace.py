@@ -129,6 +129,24 @@ def test_it_settles_where_the_server_can_keep_up(most: int, capacity: int) -> No
     assert refused == 0 or most > capacity
 
 
+def test_a_wait_that_is_over_while_it_is_looked_at_does_not_hang() -> None:
+    """Every look at this clock takes a millisecond, so the time to go on comes between any two of them."""
+    ticks = iter(range(10**9))
+    pace = Pace(1, lambda: next(ticks) / 1000)
+    with pace.turn() as turn:
+        assert turn is not None
+        turn.slow_down(0.002)
+    done = threading.Event()
+
+    def work() -> None:
+        with pace.turn():
+            done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert done.wait(10)
+
+
 def test_threads_wait_for_their_turn_and_stop_wakes_them() -> None:
     pace = Pace(2)
     inside, most, lock, go = 0, 0, threading.Lock(), threading.Event()

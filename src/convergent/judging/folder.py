@@ -91,7 +91,7 @@ class FolderJudge:
         Replies are stored batch by batch, so an interrupted run goes on where it stopped. A prompt longer than the model
         reads has reason "error". Raises JudgeError if the model cannot be loaded or is no chat model.
         """
-        work = Work(self.name, self._rubrics, {"model": self._identity}, None, items, rubrics, on_result)
+        work = Work(self.name, self._rubrics, {"model": self._identity}, None, False, items, rubrics, on_result)
         with open_replies(self._cache if self._cache is not None else cache_dir("judge") / "replies.sqlite") as replies:
             work.settle(replies)
             if work.open:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from convergent.core.ids import bytes_id, content_id
 from convergent.errors import JudgeError
@@ -154,7 +154,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         raise
 
 
-def _reason(log: Any) -> str:
+def _reason(log: IO[bytes]) -> str:
     """The last line of the server's log that speaks of an error."""
     log.seek(0)
     lines = [line.decode("utf-8", "replace").strip() for line in log.readlines()[-200:]]

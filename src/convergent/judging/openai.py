@@ -141,7 +141,7 @@ class OpenAIJudge:
     @property
     def content_id(self) -> str:
         """Depends on all that decides a score: model, address, parameters, rubric texts."""
-        how = PARAMETERS if self._samples is None else [dict(parameters_of(i)) for i in range(self._samples)]
+        how = PARAMETERS if self._samples is None else [dict(parameters_of(i, self._server is not None)) for i in range(self._samples)]
         return content_id(self.model, self.base_url, how, self._rubrics)
 
     @property
@@ -150,6 +150,8 @@ class OpenAIJudge:
         read = "the first token's alternatives, at temperature 0"
         if self._samples is not None:
             read = f"the mean of {self._samples} sampled replies at temperature 1, not from token probabilities: scores carry sampling noise"
+            if self._server is not None:
+                read += "; replies are held to whole numbers, REFUSAL and CODE by a grammar"
         known = {"error": "not measured here; `convergent agree` compares it with people or another judge"}
         if self._server is not None:
             known = self._server.card
@@ -191,7 +193,7 @@ class OpenAIJudge:
 
     def _work(self, items: Sequence[Item], rubrics: Sequence[str], on_result: Callable[[Judgement], None] | None) -> Work:
         asked = {"model": self.model, "base_url": self.base_url}
-        return Work(self.name, self._rubrics, asked, self._samples, items, rubrics, on_result)
+        return Work(self.name, self._rubrics, asked, self._samples, self._server is not None, items, rubrics, on_result)
 
     def _cache_path(self) -> Path:
         return self._cache if self._cache is not None else cache_dir("judge") / "replies.sqlite"

@@ -53,7 +53,10 @@ class Pace:
 
     def may_start(self) -> bool:
         """Whether one more attempt may leave now."""
-        return self.on_the_way < self.limit and self._clock() >= self._not_before
+        return self._may_start(self._clock())
+
+    def _may_start(self, now: float) -> bool:
+        return self.on_the_way < self.limit and now >= self._not_before
 
     def start(self) -> Turn:
         """An attempt leaves."""
@@ -80,9 +83,11 @@ class Pace:
     def turn(self) -> Iterator[Turn | None]:
         """Wait until an attempt may leave; None if everything was stopped meanwhile."""
         with self._changed:
-            while not (self._stopped or self.may_start()):
-                left = self._not_before - self._clock()
-                self._changed.wait(left if left > 0 else None)
+            while not self._stopped:
+                now = self._clock()  # once: were it read again, the time could come in between, and nobody would wake us
+                if self._may_start(now):
+                    break
+                self._changed.wait(self._not_before - now if now < self._not_before else None)
             turn = None if self._stopped else self.start()
         try:
             yield turn

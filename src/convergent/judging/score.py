@@ -65,4 +65,9 @@ def parse_samples(texts: Sequence[str]) -> tuple[float | None, str | None]:
     So the score is the mean of the replies that are whole numbers 0..100, and absent if under a quarter of them are. A
     reply counts with the white space, quotes, stars and full stop that models put around a number.
     """
-    return parse_score([(text.strip(_AROUND), 1 / len(texts)) for text in texts])
+    said = [text.strip(_AROUND) for text in texts]
+    score, reason = parse_score([(text, 1 / len(said)) for text in said])
+    if score is not None:  # again without the weights, whose rounding would make 29.999 of three times 30
+        numbers = [int(text) for text in said if _NUMBER.fullmatch(text) and int(text) <= 100]
+        score = sum(numbers) / len(numbers)
+    return score, reason

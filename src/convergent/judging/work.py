@@ -24,9 +24,16 @@ SAMPLE_TOKENS = 8
 """Longest sampled reply, in tokens: room for `100` or `REFUSAL` in any vocabulary."""
 
 
-def parameters_of(sample: int | None) -> Mapping[str, Any]:
-    """The request's parameters: of the one reading (None), or of the sample with that number."""
-    return PARAMETERS if sample is None else {"max_tokens": SAMPLE_TOKENS, "temperature": 1, "seed": sample}
+GRAMMAR = 'root ::= "100" | [1-9] [0-9]? | "0" | "REFUSAL" | "CODE"'
+"""What a sampled reply may be, for servers of ours: a small model talks about the answer instead of rating it."""
+
+
+def parameters_of(sample: int | None, held: bool = False) -> Mapping[str, Any]:
+    """The request's parameters: of the one reading (None), or of the sample with that number; `held` to GRAMMAR."""
+    if sample is None:
+        return PARAMETERS
+    extra = {"extra_body": {"grammar": GRAMMAR}} if held else {}
+    return {"max_tokens": SAMPLE_TOKENS, "temperature": 1, "seed": sample, **extra}
 
 
 @dataclass
@@ -47,15 +54,16 @@ class Work:
         rubrics: Rubrics,
         asked: Mapping[str, str],
         samples: int | None,
+        held: bool,
         items: Sequence[Item],
         wanted: Sequence[str],
         on_result: Callable[[Judgement], None] | None,
     ) -> None:
         """asked: what stands in a request's key beside prompt and parameters, e.g. model and address.
 
-        samples: so many sampled replies a judgement; None is one reading of probabilities.
+        samples: so many sampled replies a judgement; None is one reading of probabilities. held: samples, to GRAMMAR.
         """
-        self._judge, self._rubrics, self._on_result = judge, rubrics, on_result
+        self._judge, self._rubrics, self._held, self._on_result = judge, rubrics, held, on_result
         self.jobs = [(item, rubric) for item in items for rubric in wanted]
         self._results: list[Judgement | None] = [None] * len(self.jobs)
         self._replies: list[dict[int | None, Reply]] = [{} for _ in self.jobs]
@@ -69,7 +77,7 @@ class Work:
             text = rubrics.prompt(rubric, item)
             if item.response.strip():
                 for sample in self._samples:
-                    key = content_id({**asked, "prompt": text, **parameters_of(sample)})
+                    key = content_id({**asked, "prompt": text, **parameters_of(sample, held)})
                     self.open.setdefault(key, _Open(sample)).jobs.append(i)
         for i, (item, _) in enumerate(self.jobs):
             if not item.response.strip():
@@ -81,7 +89,7 @@ class Work:
         return self._rubrics.prompt(rubric, item)
 
     def parameters(self, key: str) -> Mapping[str, Any]:
-        return parameters_of(self.open[key].sample)
+        return parameters_of(self.open[key].sample, self._held)
 
     def settle(self, replies: Replies) -> None:
         """Finish what the cache can answer."""
