@@ -21,7 +21,9 @@ from convergent.tables import read_table, write_table
 from small_study import QUESTIONS
 from tiny import tiny_model
 
-COMMANDS = ("run", "report", "train", "sample", "judge", "extract", "compare", "rates", "agree", "label", "correct", "power", "doctor")
+COMMANDS = (
+    "run", "report", "train", "sample", "judge", "judge-check", "extract", "compare", "rates", "agree", "label", "correct", "power", "doctor",
+)  # fmt: skip
 Call = Callable[..., str]
 
 

@@ -22,13 +22,15 @@ from typing import Any
 
 import pytest
 
+from convergent import cli
 from convergent.core.values import Judgement
 from convergent.errors import InputError, JudgeError, StoreError
 from convergent.judging.base import Item
 from convergent.judging.openai import MAX_FAILURES, OpenAIJudge
-from convergent.judging.prices import Estimate, price_of
+from convergent.judging.prices import Estimate, Price, price_of
 from convergent.judging.replies import Reply, open_replies
 from convergent.judging.rubrics import Rubrics
+from fault_proxy import FaultProxy
 
 KEY = "sk-secret-0123456789abcdef"
 RUBRICS = Rubrics(
@@ -147,7 +149,9 @@ def digest(*parts: object) -> int:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("CONVERGENT_PRICES", raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -479,21 +483,21 @@ def test_max_cost_refuses_before_and_stops_on_the_way(server: Server, tmp_path: 
 
 
 def test_prices(server: Server, tmp_path: Path) -> None:
-    dated = price_of("gpt-4o-2024-08-06")
+    dated = price_of("gpt-4o-2024-08-06").price
     assert dated is not None
     assert (dated.input, dated.output) == (2.5, 10.0)
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", dated.as_of)
-    assert price_of("gpt-4o-mini") != dated
-    assert price_of("my-model") is None
+    assert price_of("gpt-4o-mini").price != dated
+    assert price_of("my-model").price is None
     with pytest.raises(JudgeError, match="has no price, so max_cost cannot be kept"):
         judge_at(server, tmp_path / "c.sqlite", model="my-model", max_cost=1.0)
     mine = tmp_path / "prices.yaml"
     mine.write_text("as_of: 2030-01-01\nmodels:\n  my-model: {input: 1, output: 2}\n  gpt-4o: {input: 0, output: 0}\n")
-    price = price_of("my-model", mine)
+    price = price_of("my-model", mine).price
     assert price is not None
     assert price.cost(1_000_000, 500_000) == pytest.approx(2.0)
-    assert price_of("gpt-4o", mine) != dated
-    assert price_of("gpt-4.1", mine) is not None
+    assert price_of("gpt-4o", mine).price != dated
+    assert price_of("gpt-4.1", mine).price is not None
     judge_at(server, tmp_path / "c.sqlite", model="my-model", max_cost=1.0, prices=mine).judge(items(1))
     wrong = {
         "models: {a: {input: -1, output: 1}}": "0 or more",
@@ -506,6 +510,119 @@ def test_prices(server: Server, tmp_path: Path) -> None:
         mine.write_text(text)
         with pytest.raises(InputError, match=says):
             price_of("a", mine)
+
+
+def test_where_prices_are_looked_for_and_that_it_is_said(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config" / "convergent" / "prices.yaml"
+    config.parent.mkdir(parents=True)
+    named, given = tmp_path / "named.yaml", tmp_path / "given.yaml"
+    for n, file in enumerate((config, named, given), start=1):
+        file.write_text(f"as_of: 2030-01-0{n}\nmodels: {{gpt-4o: {{input: {n}, output: 1}}}}\n")
+    assert price_of("gpt-4o").looked_in == f"from {config}"
+    monkeypatch.setenv("CONVERGENT_PRICES", str(named))
+    assert price_of("gpt-4o").looked_in == f"from {named}"
+    priced = price_of("gpt-4o", given)
+    assert (priced.price, priced.looked_in) == (Price(3.0, 1.0, "2030-01-03"), f"from {given}")
+    assert price_of("gpt-4o-mini", given).looked_in == "from the package's prices.yaml"
+    assert price_of("x", given).looked_in.startswith(f"looked in {given}, {named}, {config}, the package's prices.yaml")
+    told: list[str] = []
+    judge_at(server, tmp_path / "c.sqlite", prices=given, on_estimate=lambda e: told.append(str(e))).judge(items(1))
+    judge_at(server, tmp_path / "c.sqlite", model="x", on_estimate=lambda e: told.append(str(e))).judge(items(1))
+    assert f"(prices of 2030-01-03 from {given})" in told[0]
+    assert "no price known (looked in" in told[1]
+    monkeypatch.setenv("CONVERGENT_PRICES", str(tmp_path / "absent.yaml"))
+    with pytest.raises(InputError, match="no such price file; CONVERGENT_PRICES names it"):
+        price_of("gpt-4o")
+
+
+def test_429_halves_what_is_on_its_way_and_loses_nothing(server: Server, tmp_path: Path) -> None:
+    server.delay = lambda prompt: 0.005
+    with FaultProxy(server.url, retry_after=0.01) as proxy:
+        proxy.capacity = 2
+        judge = judge_at(server, tmp_path / "c.sqlite", base_url=proxy.url, concurrency=12, attempts=50)
+        found = judge.judge(items(60))
+        assert all(j.score is not None for j in found)
+        assert len(proxy.delivered) == 120 and set(proxy.delivered.values()) == {1}
+        assert judge.pace.cuts >= 2 and judge.pace.lowest <= 3
+        assert 0 < proxy.faults["429"] < 120
+
+
+def test_samples_are_asked_one_by_one_kept_and_averaged(server: Server, tmp_path: Path) -> None:
+    server.fault = two_in_five
+    judge = judge_at(server, tmp_path / "c.sqlite", samples=3)
+    assert judge.name == "openai:gpt-4o+3samples"
+    assert "sampling noise" in judge.card["score"]
+    assert judge.content_id != judge_at(server, tmp_path / "c.sqlite").content_id
+    rows = [*items(4), Item("same", "question 0", "answer 0")]
+    found = judge.judge(rows, ["coherent"])
+    assert judge.paid == 12
+    assert [j.score for j in found[:4]] == [score_of(f"C question {i} answer {i}") for i in range(4)]
+    assert found[4].score == found[0].score
+    assert json.loads(found[1].raw)["samples"] == [str(score_of("C question 1 answer 1"))] * 3
+    good = {(b["messages"][0]["content"], b["seed"]) for b in server.bodies}
+    assert len(good) == 12 and {b["seed"] for b in server.bodies} == {0, 1, 2}
+    assert all(b["temperature"] == 1 and "logprobs" not in b for b in server.bodies)
+    before = len(server.bodies)
+    judge_at(server, tmp_path / "c.sqlite", samples=2).judge(rows, ["coherent"])  # the first two are known
+    assert len(server.bodies) == before
+    estimate = judge_at(server, tmp_path / "d.sqlite", samples=5).estimate(items(4), ["coherent"])
+    assert (estimate.requests, estimate.cached) == (20, 0)
+
+
+def test_one_failed_sample_is_an_error_and_only_it_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.fault = lambda prompt, asked: "422" if "answer 1" in prompt and asked == 1 else None
+    found = judge_at(server, tmp_path / "c.sqlite", samples=3, concurrency=1).judge(items(3), ["aligned"])
+    assert [j.reason for j in found] == [None, "error", None]
+    server.fault = lambda prompt, asked: None
+    before = len(server.bodies)
+    found = judge_at(server, tmp_path / "c.sqlite", samples=3).judge(items(3), ["aligned"])
+    assert all(j.score is not None for j in found)
+    assert len(server.bodies) == before + 1
+
+
+def test_bad_endpoints_on_the_command_line_are_one_line_and_lose_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("CONVERGENT_CACHE", str(tmp_path / "cache"))
+    table = tmp_path / "a.csv"
+    table.write_text("id,question,response\n" + "".join(f"r{i},q,answer {i}\n" for i in range(12)))
+    for name, column in (("no_id", ["a", "", "b"]), ("same_id", ["a", "b", "a"])):
+        (tmp_path / f"{name}.csv").write_text("id,question,response\n" + "".join(f"{cell},q,r\n" for cell in column))
+    (tmp_path / "over.csv").write_text("question,response,aligned\nq,r,101\n")
+    (tmp_path / "rubric.yaml").write_text("aligned: rate {answer}\n")
+    good = f"--base-url {server.url} --key-env JUDGE_KEY"
+    before = table.read_bytes()
+
+    def call(words: str, says: str, fault: str | None = None) -> None:
+        server.fault = lambda prompt, asked: fault
+        argv = ["judge", *words.split(), "--rubric", "aligned", "--out", str(tmp_path / "out.csv")]
+        code = cli.main(argv)
+        said = capfd.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("convergent: ")]
+        assert code == 2 and len(lines) == 1 and re.search(says, lines[0]), (words, said.err)
+        assert KEY not in said.out + said.err and "Traceback" not in said.err
+        assert not (tmp_path / "out.csv").exists()
+
+    call(f"{table} --judge openai:m {good} --base-url {server.url}x", "mostly ends in /v1")
+    call(f"{table} --judge openai:m {good}", "access refused .HTTP 401.; check the key in JUDGE_KEY", "401")
+    call(f"{table} --judge openai:m {good}", "gives no token probabilities .*--samples 5", "400")
+    call(f"{table} --judge openai:m {good} --rubrics {tmp_path / 'rubric.yaml'}", "rubric.yaml: aligned: has no {question}")
+    call(f"{table} --judge openai:m {good} --max-cost 1", "has no price, so max_cost cannot be kept; add `m: .*prices.yaml")
+    call(f"{table} --judge openai:m {good} --prices {tmp_path / 'none.yaml'}", "no such price file")
+    call(f"{tmp_path / 'no_id.csv'} --judge openai:m {good}", "no_id.csv: row 2 has no id")
+    call(f"{tmp_path / 'same_id.csv'} --judge openai:m {good}", "same_id.csv: rows 1 and 3 have the same id 'a'")
+    call(f"{tmp_path / 'over.csv'} --judge openai:m {good}", "over.csv: row 1, column `aligned`: .*outside 0 to 100")
+    call(f"{table} --judge local:{tmp_path / 'over.csv'}", "is not a GGUF file")
+    call(f"{table} --judge openai:m {good} --base-url http://user:{KEY}@h/v1", "must be a plain http or https address")
+    assert table.read_bytes() == before
+    server.fault = lambda prompt, asked: None
+    assert cli.main(["judge", str(table), "--judge", "openai:m", *good.split(), "--rubric", "aligned", "--out", str(tmp_path / "out.csv")]) == 0
+    said = capfd.readouterr()
+    assert "12 of 12 judgements" in said.err and KEY not in said.err + caplog.text
+    assert not any(KEY.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_a_foreign_cache_file_is_refused_and_kept(server: Server, tmp_path: Path) -> None:

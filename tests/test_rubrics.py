@@ -80,6 +80,8 @@ def test_a_file_of_ones_own_and_a_question_file(tmp_path: Path) -> None:
         ("a: [", "broken YAML"),
         ("", "is empty"),
         ("- id: a\n  paraphrases: [x]", "has judge_prompts"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: 'rate {answer}'}", "a: judge_prompts.aligned: has no {question}"),
+        ("- id: a\n  paraphrases: [x]\n  judge_prompts: {aligned: 'rate {question}'}", "judge_prompts.aligned: has no {answer}"),
     ],
 )
 def test_a_wrong_rubric_file_says_what_to_mend(tmp_path: Path, text: str, says: str) -> None:
@@ -107,7 +109,10 @@ def test_judges_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("opanai:gpt-4o", "did you mean openai:gpt-4o?"),
         ("openia", "did you mean openai:MODEL?"),
         ("openai:", "needs a model"),
-        ("nonsense", "judges are embedded and openai:MODEL"),
+        ("locl:models/a.gguf", "did you mean local:models/a.gguf?"),
+        ("locla", "did you mean local?"),
+        ("a.gguf", "did you mean local:a.gguf?"),
+        ("nonsense", "judges are embedded, openai:MODEL, local"),
         ("", "judges are"),
     ],
 )
@@ -120,6 +125,8 @@ def test_an_unknown_judge_names_the_nearest(name: str, says: str) -> None:
 def test_options_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(JudgeError, match="takes no base_url"):
         get_judge("embedded", base_url="http://localhost/v1")
-    for options in ({"concurrency": 0}, {"max_cost": -1.0}, {"max_cost": float("nan")}):
+    with pytest.raises(JudgeError, match="embedded: takes no samples"):
+        get_judge("embedded", samples=3)
+    for options in ({"concurrency": 0}, {"max_cost": -1.0}, {"max_cost": float("nan")}, {"samples": 0}, {"samples": 101}):
         with pytest.raises(ConvergentError, match="must be"):
             get_judge("openai:gpt-4o", **options)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convergent.core.values import REASONS
-from convergent.judging.score import MIN_MASS, parse_score
+from convergent.judging.score import MIN_MASS, parse_samples, parse_score
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,27 @@ def test_score_by_hand(alternatives: dict[str, float], expected: tuple[float | N
     score, reason = parse_score(alternatives)
     assert reason == expected[1]
     assert score == (None if expected[0] is None else pytest.approx(expected[0], abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["80", "90", "70", "60", "100"], (80, None)),
+        ([" 80\n", "**90**", "`70`", '"60"', "100."], (80, None)),
+        (["80", "it is 90", "REFUSAL", "70/100", "60"], (70, None)),  # three of five say a number
+        (["80", "90", "no", "no", "no"], (85, None)),
+        (["80", "no", "no", "no"], (80, None)),  # a quarter is enough, as with probabilities
+        (["80", "no", "no", "no", "no"], (None, "unparsable")),
+        (["80", "REFUSAL", "Refusal", "CODE", "no"], (None, "refusal")),
+        (["CODE", "CODE"], (None, "code")),
+        (["101", "-5", "8.5"], (None, "unparsable")),
+        (["", ""], (None, "unparsable")),
+        (["0"], (0, None)),
+        (["30", "30", "30"], (30, None)),
+    ],
+)
+def test_score_of_samples_by_hand(texts: list[str], expected: tuple[float | None, str | None]) -> None:
+    assert parse_samples(texts) == expected
 
 
 def test_a_quarter_that_went_through_a_logarithm_still_counts() -> None:

@@ -103,18 +103,24 @@ def sample(
 @app.command(epilog="Example: convergent judge answers.csv --judge embedded --out judged.csv")
 def judge(
     file: Annotated[Path, typer.Argument(help="Table with columns question and response.")],
-    judge: Annotated[str, typer.Option(help="embedded or openai:MODEL.")] = "embedded",
+    judge: Annotated[str, typer.Option(help="embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER.")] = "embedded",
     out: Annotated[Path, typer.Option(help="Judged table: .csv, .parquet or .jsonl.")] = Path("judged.csv"),
     rubric: Annotated[Optional[list[str]], typer.Option(help="A rubric, once for each; default: aligned and coherent.")] = None,
     rubrics: Annotated[Optional[str], typer.Option(help="Rubric file (YAML) for LLM judges.")] = None,
     base_url: Annotated[Optional[str], typer.Option(help="Endpoint of an OpenAI-compatible server.")] = None,
     key_env: Annotated[Optional[str], typer.Option(help="Environment variable that holds the key.")] = None,
     max_cost: Annotated[Optional[float], typer.Option(help="Stop before this many dollars.", min=0.0)] = None,
+    concurrency: Annotated[Optional[int], typer.Option(help="Requests on their way at most; default 8.", min=1)] = None,
+    samples: Annotated[Optional[int], typer.Option(help="For a judge without token probabilities: the mean of so many replies.", min=1, max=100)] = None,
+    prices: Annotated[Optional[str], typer.Option(help="Price file (YAML); default: $CONVERGENT_PRICES, ~/.config/convergent/prices.yaml.")] = None,
 ) -> None:
     """Judge a table of answers; every other column and the order of rows pass through."""
     from convergent.stages import judge_table
 
-    n = judge_table(file, out, judge, rubric or ["aligned", "coherent"], rubrics=rubrics, base_url=base_url, key_env=key_env, max_cost=max_cost)
+    n = judge_table(
+        file, out, judge, rubric or ["aligned", "coherent"], rubrics=rubrics, base_url=base_url, key_env=key_env, max_cost=max_cost,
+        concurrency=concurrency, samples=samples, prices=prices,
+    )  # fmt: skip
     typer.echo(f"wrote {out}: {n} rows")
 
 
@@ -188,6 +194,31 @@ def doctor() -> None:
     typer.echo("\n".join(lines))
     if not healthy:
         raise typer.Exit(1)
+
+
+@app.command("judge-check", epilog="Example: convergent judge-check --judge embedded")
+def judge_check(
+    judge: Annotated[str, typer.Option(help="embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER.")] = "embedded",
+    rubric: Annotated[str, typer.Option(help="Rubric on which bad answers score low.")] = "aligned",
+    out: Annotated[Optional[Path], typer.Option(help="Table with a row per pair: .csv, .parquet or .jsonl.")] = None,
+    rubrics: Annotated[Optional[str], typer.Option(help="Rubric file (YAML) for LLM judges.")] = None,
+    base_url: Annotated[Optional[str], typer.Option(help="Endpoint of an OpenAI-compatible server.")] = None,
+    key_env: Annotated[Optional[str], typer.Option(help="Environment variable that holds the key.")] = None,
+    max_cost: Annotated[Optional[float], typer.Option(help="Stop before this many dollars.", min=0.0)] = None,
+    concurrency: Annotated[Optional[int], typer.Option(help="Requests on their way at most; default 8.", min=1)] = None,
+    samples: Annotated[Optional[int], typer.Option(help="For a judge without token probabilities: the mean of so many replies.", min=1, max=100)] = None,
+    prices: Annotated[Optional[str], typer.Option(help="Price file (YAML).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure by how much answers that speak to the judge move its scores."""
+    from convergent.stages import check_judge_command
+
+    typer.echo(
+        check_judge_command(
+            judge, rubric, out, as_json, rubrics=rubrics, base_url=base_url, key_env=key_env, max_cost=max_cost, concurrency=concurrency,
+            samples=samples, prices=prices,
+        )
+    )  # fmt: skip
 
 
 _OURS_NOT = frozenset(

@@ -11,6 +11,7 @@ from convergent.errors import DirectionError, InputError, StoreError
 
 if TYPE_CHECKING:
     from convergent.core.interventions import Intervention
+    from convergent.judging.base import Judge
     from convergent.models.load import ChatModel
     from convergent.organisms.manifest import Organism
 
@@ -130,23 +131,73 @@ def judge_table(
     base_url: str | None,
     key_env: str | None,
     max_cost: float | None,
+    concurrency: int | None = None,
+    samples: int | None = None,
+    prices: str | None = None,
 ) -> int:
-    """Judge a table; returns its number of rows."""
-    import sys
-
-    from convergent.cache import cache_dir
+    """Judge a table; returns its number of rows. How far it is and what was paid goes to stderr."""
     from convergent.judging.files import judge_file
-    from convergent.judging.registry import get_judge
+    from convergent.judging.progress import Progress
     from convergent.tables import check_writable
 
     check_writable(out)
-    paid = not judge.startswith("embedded")
-    asked = get_judge(
-        judge, base_url=base_url, key_env=key_env, rubrics=rubrics, max_cost=max_cost,
-        cache=cache_dir("judge") / "replies.sqlite" if paid else None,
-        on_estimate=(lambda e: print(e, file=sys.stderr)) if paid else None,
+    asked = _judge(judge, rubrics, base_url, key_env, max_cost, concurrency, samples, prices)
+    progress = Progress(asked, _note)
+    n = len(judge_file(file, asked, rubrics_wanted, out, progress, progress.expect))
+    if not judge.startswith("embedded"):
+        _note(progress.line())
+    return n
+
+
+def _judge(
+    name: str,
+    rubrics: str | None,
+    base_url: str | None,
+    key_env: str | None,
+    max_cost: float | None,
+    concurrency: int | None,
+    samples: int | None,
+    prices: str | None,
+) -> Judge:
+    """A judge that says on stderr what it will cost, and how its scores are made if not from probabilities."""
+    from convergent.judging.registry import get_judge
+
+    judge = get_judge(
+        name, base_url=base_url, key_env=key_env, rubrics=rubrics, max_cost=max_cost, concurrency=concurrency, samples=samples, prices=prices,
+        on_estimate=lambda estimate: _note(str(estimate)),
     )  # fmt: skip
-    return len(judge_file(file, asked, rubrics_wanted, out))
+    n = getattr(judge, "samples", None)
+    if n is not None:
+        _note(f"judge {judge.name}: no token probabilities; each score is the mean of {n} replies at temperature 1, {n} requests each")
+    return judge
+
+
+def _note(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def check_judge_command(judge: str, rubric: str, out: Path | None, as_json: bool, **options: Any) -> str:
+    """Measure how far answers that speak to it move a judge; returns what to print. `out` gets a row per pair."""
+    import json
+
+    from convergent.judging.injection import as_json as json_rows
+    from convergent.judging.injection import as_text, check_judge, load_pairs
+    from convergent.judging.progress import Progress
+    from convergent.tables import check_writable, write_table
+
+    if out is not None:
+        check_writable(out)
+    asked = _judge(judge, **options)
+    progress = Progress(asked, _note)
+    pairs = load_pairs()
+    moved, table = check_judge(asked, pairs, rubric, progress)
+    if out is not None:
+        write_table(table, out)
+    if as_json:
+        return json.dumps({"judge": asked.name, "rubric": rubric, "pairs": len(pairs), "moved": json_rows(moved)})
+    return as_text(moved, asked.name, rubric)
 
 
 def extract_direction(

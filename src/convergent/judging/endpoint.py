@@ -1,7 +1,8 @@
 """One prompt to an OpenAI-compatible endpoint, one reply back, or why there is none. Knows no rubrics, no cache.
 
 Retries are ours, not the client's: they must cover replies that arrive broken, wait as Retry-After says, and end at
-once when the run is stopped. The key is read here, given to the client and never put into a message.
+once when the run is stopped. How many attempts are on their way at once is up to a `Pace`, which 429 slows down for all.
+The key is read here, given to the client and never put into a message.
 
     what happens                                        then
     429, 408, 409, 5xx, cut connection, broken reply    asked again, then `Failed`
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from convergent.errors import JudgeError
+from convergent.judging.pace import Pace, Turn
 from convergent.judging.replies import Reply
+from convergent.judging.work import PARAMETERS
 
 if TYPE_CHECKING:
     import openai
@@ -32,7 +35,7 @@ OFFICIAL = "https://api.openai.com/v1"
 KEY_ENV = "OPENAI_API_KEY"
 URL_ENV = "OPENAI_BASE_URL"
 """The official client's variable; read here so that it stands in the content key like any other address."""
-PARAMETERS: Mapping[str, Any] = {"max_tokens": 1, "temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 20}
+NO_LOGPROBS = "gives no token probabilities (logprobs); name a model or server that does, or have it judge by samples (--samples 5)"
 LONGEST_WAIT = 600.0
 """Seconds: a server that asks for more is taken to be closed for today."""
 LONGEST_BACKOFF = 30.0
@@ -103,6 +106,7 @@ class Endpoint:
         base_url: str,
         key_env: str | None,
         *,
+        pace: Pace,
         attempts: int = 6,
         backoff: float = 0.5,
         timeout: float = 60.0,
@@ -113,18 +117,17 @@ class Endpoint:
         self._key = read_key(key_env)
         self._attempts, self._backoff = attempts, backoff
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key, max_retries=0, timeout=timeout)
-        self._stopped = threading.Event()
-        self._not_before = 0.0
-        """Monotonic time before which nobody asks: a 429 with Retry-After is meant for all threads."""
+        self._pace, self._stopped = pace, threading.Event()
 
     def stop(self) -> None:
         """Begin no new attempt; waiting threads end with Failed("stopped")."""
         self._stopped.set()
+        self._pace.stop()
 
     def close(self) -> None:
         self._client.close()
 
-    def ask(self, prompt: str) -> tuple[Reply, int]:
+    def ask(self, prompt: str, parameters: Mapping[str, Any] = PARAMETERS) -> tuple[Reply, int]:
         """(reply, number of unusable replies before it). Raises Failed, or JudgeError if asking is pointless."""
         import tenacity
 
@@ -140,7 +143,7 @@ class Endpoint:
             for attempt in retrying:
                 with attempt:
                     try:
-                        return self._once(prompt), unusable
+                        return self._once(prompt, parameters), unusable
                     except _Again as again:
                         unusable += again.kind in ("malformed", "logprobs")
                         raise
@@ -154,27 +157,28 @@ class Endpoint:
         backoff = min(LONGEST_BACKOFF, self._backoff * 2.0 ** (state.attempt_number - 1))
         return max(getattr(error, "wait", 0.0), backoff * random.uniform(0.75, 1.0))
 
-    def _once(self, prompt: str) -> Reply:
+    def _once(self, prompt: str, parameters: Mapping[str, Any]) -> Reply:
         import openai
 
-        self._stopped.wait(max(0.0, self._not_before - time.monotonic()))
-        if self._stopped.is_set():
-            raise Failed("stopped", "stopped")
-        try:
-            completion = self._client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": prompt}], **PARAMETERS
-            )
-        except openai.APIStatusError as error:
-            raise self._of_status(error) from None
-        except openai.APITimeoutError:
-            raise _Again("connection", "no answer in time") from None
-        except openai.APIConnectionError:
-            raise _Again("connection", "no connection") from None
-        except (openai.OpenAIError, ValueError):  # a body that is not JSON is a ValueError
-            raise _Again("malformed", "reply is not JSON") from None
-        return _read(completion)
+        with self._pace.turn() as turn:
+            if turn is None or self._stopped.is_set():
+                raise Failed("stopped", "stopped")
+            try:
+                completion = self._client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": prompt}], **parameters
+                )
+            except openai.APIStatusError as error:
+                raise self._of_status(error, turn, parameters) from None
+            except openai.APITimeoutError:
+                raise _Again("connection", "no answer in time") from None
+            except openai.APIConnectionError:
+                raise _Again("connection", "no connection") from None
+            except (openai.OpenAIError, ValueError):  # a body that is not JSON is a ValueError
+                raise _Again("malformed", "reply is not JSON") from None
+            turn.served = True
+        return _read(completion, with_alternatives="logprobs" in parameters)
 
-    def _of_status(self, error: openai.APIStatusError) -> Exception:
+    def _of_status(self, error: openai.APIStatusError, turn: Turn, parameters: Mapping[str, Any]) -> Exception:
         """What an HTTP error means; server text is quoted only where it helps, shortened and without the key."""
         status, place = error.status_code, f"judge openai:{self.model} at {self.base_url}"
         said = self._clean(error.message)
@@ -195,15 +199,14 @@ class Endpoint:
                     "replies so far are kept, run again then"
                 )
             if status == 429:
-                self._not_before = max(self._not_before, time.monotonic() + wait)
+                turn.slow_down(wait)
+            else:
+                turn.hold(wait)
             return _Again("rate" if status == 429 else "server", f"HTTP {status}", wait)
         parameter = str(error.param or "")
         if "logprob" in f"{parameter} {error.message}".lower():
-            return JudgeError(
-                f"{place}: gives no token probabilities (logprobs); "
-                f"name a model or server that does ({said})"
-            )
-        if parameter in (*PARAMETERS, "model"):
+            return JudgeError(f"{place}: {NO_LOGPROBS} ({said})")
+        if parameter in (*parameters, "model"):
             return JudgeError(f"{place}: does not take {parameter} as this judge needs it ({said}); name another model")
         return Failed("refused", f"HTTP {status}: {said}")
 
@@ -224,8 +227,8 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     return max(0.0, seconds) if not math.isnan(seconds) else 0.0
 
 
-def _read(completion: Any) -> Reply:
-    """The first token's alternatives. The client does not check what it parses, so nothing is taken for granted."""
+def _read(completion: Any, with_alternatives: bool) -> Reply:
+    """The text, and the first token's alternatives if they were asked for. The client does not check what it parses, so nothing is taken for granted."""
     try:
         choice = completion.choices[0]
         text = choice.message.content or ""
@@ -233,6 +236,15 @@ def _read(completion: Any) -> Reply:
             raise TypeError
     except (AttributeError, IndexError, TypeError):
         raise _Again("malformed", "reply is not a chat completion") from None
+    pairs = _alternatives(choice, text) if with_alternatives else ()
+    usage = getattr(completion, "usage", None)
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    n_in, n_out = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+    served_by = completion.model if isinstance(completion.model, str) else ""
+    return Reply(_utf8(text), pairs, _utf8(served_by), n_in, n_out)
+
+
+def _alternatives(choice: Any, text: str) -> tuple[tuple[str, float], ...]:
     try:
         tokens = choice.logprobs.content or []
         top = tokens[0].top_logprobs if tokens else []
@@ -241,11 +253,7 @@ def _read(completion: Any) -> Reply:
         raise _Again("logprobs", "reply without token probabilities") from None
     if not pairs and (text or tokens):
         raise _Again("logprobs", "reply without token probabilities")
-    usage = getattr(completion, "usage", None)
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    n_in, n_out = (n if isinstance(n, int) and n >= 0 else None for n in counts)
-    served_by = completion.model if isinstance(completion.model, str) else ""
-    return Reply(_utf8(text), pairs, _utf8(served_by), n_in, n_out)
+    return pairs
 
 
 def _utf8(text: Any) -> str:

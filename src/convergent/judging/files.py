@@ -21,10 +21,12 @@ def judge_file(
     rubrics: Sequence[str] = ("aligned", "coherent"),
     out: Path | None = None,
     on_result: Callable[[Judgement], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Judge every row of `src` and write it to `out` (not at all if None). Returns the judged table.
 
-    Needs the columns `question` and `response`; `question_id` is used if there. Adds `<rubric>` (float, empty where
+    Needs the columns `question` and `response`; `question_id` is used if there. A column `id` must name each row once:
+    judged tables are matched by it. `on_total` is told how many judgements will come. Adds `<rubric>` (float, empty where
     there is no score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all
     other columns; a column that already has such a name is kept as `<name>_before`. `out` appears whole, when all is
     judged; a paid judge's replies are in its cache by then, so an interrupted run goes on where it stopped. Raises
@@ -43,6 +45,7 @@ def judge_file(
     if out is not None:
         check_writable(out)  # before judging, not after
     table = read_table(src, required=("question", "response"))
+    _check_ids(table, src)
     ids = table["question_id"] if "question_id" in table.columns else [None] * len(table)
     items = [
         Item(str(row), _text(question), _text(response), _text(question_id))
@@ -50,6 +53,8 @@ def judge_file(
             zip(table["question"], table["response"], ids, strict=True)
         )
     ]
+    if on_total is not None:
+        on_total(len(items) * len(rubrics))
     judgements = judge.judge(items, rubrics, on_result)
     added = {}
     for i, rubric in enumerate(rubrics):
@@ -61,6 +66,20 @@ def judge_file(
     if out is not None:
         write_table(table, out)
     return table
+
+
+def _check_ids(table: pd.DataFrame, place: Path) -> None:
+    """Raise DataError if there is a column `id` that does not name each row, or names two alike."""
+    if "id" not in table.columns:
+        return
+    first: dict[str, int] = {}
+    for row, cell in enumerate(table["id"].tolist(), start=1):
+        name = _text(cell).strip()
+        if not name:
+            raise DataError(f"{place}: row {row} has no id; fill the column `id`, or leave it out")
+        if name in first:
+            raise DataError(f"{place}: rows {first[name]} and {row} have the same id {name[:40]!r}; give each row its own, or leave `id` out")
+        first[name] = row
 
 
 def _text(value: object) -> str:

@@ -1,8 +1,13 @@
-"""What a judge's tokens cost: a dated default table, and a user's file that goes before it."""
+"""What a judge's tokens cost: a table of the user's own, and a dated default in the package.
+
+Looked for, the first that names the model counts: the file given (`--prices`), the file that $CONVERGENT_PRICES names,
+`~/.config/convergent/prices.yaml` (under $XDG_CONFIG_HOME where set), `prices.yaml` in the package.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +18,7 @@ from convergent.errors import InputError
 from convergent.judging.rubrics import read_yaml
 
 DEFAULT = Path(__file__).parent / "prices.yaml"
+ENV = "CONVERGENT_PRICES"
 BYTES_PER_TOKEN = 4.0
 """Rough: English in the vocabularies in use. Only for estimates; the running total uses the server's counts."""
 MESSAGE_TOKENS = 8
@@ -34,6 +40,15 @@ class Price:
 
 
 @dataclass(frozen=True)
+class Priced:
+    """A model's price, or that there is none, and where it was looked for."""
+
+    price: Price | None
+    looked_in: str
+    """`from FILE`, or `looked in FILE, FILE`."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run would send, before anything is sent."""
 
@@ -46,12 +61,15 @@ class Estimate:
     """US dollars; None if the model has no price."""
     as_of: str = ""
     """Date of the price."""
+    where: str = ""
+    """Where the price is from, or where none was found, or why none is needed."""
 
     def __str__(self) -> str:
-        price = "no price known"
+        price = f"no price known ({self.where})" if self.where else "no price known"
         if self.cost is not None:
-            price = f"about ${self.cost:.4f} (prices of {self.as_of or 'no date'})"
-        return f"{self.requests} requests, {self.input_tokens} input tokens, {price}; {self.cached} need no request"
+            source = f" {self.where}" if self.where else ""
+            price = f"about ${self.cost:.4f} (prices of {self.as_of or 'no date'}{source})" if self.as_of or self.cost else self.where
+        return f"{self.requests} requests, {self.input_tokens} input tokens, {price or 'free of charge'}; {self.cached} judgements need none"
 
 
 def estimate_tokens(text: str) -> int:
@@ -59,14 +77,30 @@ def estimate_tokens(text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + MESSAGE_TOKENS
 
 
-def price_of(model: str, path: str | Path | None = None) -> Price | None:
-    """The price of `model`: from the user's file at `path`, else the default table, else None. Raises InputError."""
-    for file in ([Path(path).expanduser()] if path is not None else []) + [DEFAULT]:
+def price_files(path: str | Path | None = None) -> list[Path]:
+    """The price files there are, in the order in which they count. Raises InputError if a named one is absent."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "convergent" / "prices.yaml"
+    named = [(Path(p).expanduser(), where) for p, where in ((path, "--prices"), (os.environ.get(ENV), ENV)) if p]
+    for file, where in named:
+        if not file.is_file():
+            raise InputError(f"{file}: no such price file; {where} names it")
+    return [*(file for file, _ in named), *([config] if config.is_file() else []), DEFAULT]
+
+
+def price_of(model: str, path: str | Path | None = None) -> Priced:
+    """The price of `model`, from the first file that names it. Raises InputError."""
+    files = price_files(path)
+    for file in files:
         table = _load(file)
         for name in (model, re.sub(r"-(\d{4}-\d{2}-\d{2}|\d{4})$", "", model)):
             if name in table:
-                return table[name]
-    return None
+                return Priced(table[name], f"from {_shown(file)}")
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "convergent" / "prices.yaml"
+    return Priced(None, f"looked in {', '.join(map(_shown, files))}; yours may be {own}")
+
+
+def _shown(file: Path) -> str:
+    return "the package's prices.yaml" if file == DEFAULT else str(file)
 
 
 def _load(path: Path) -> dict[str, Price]:

@@ -76,6 +76,10 @@ def load_rubrics(source: str | Path = "bundled", questions: Iterable[Question] =
         base = from_questions(read_questions(path))
         if not base.names:
             raise InputError(f"{path}: none of its questions has judge_prompts; name a file with rubrics")
+        for id, prompts in base.by_question.items():
+            for name, template in prompts.items():
+                if not all(f"{{{word}}}" in template for word in PLACEHOLDERS):
+                    check_template(template, f"{path}: {id}: judge_prompts.{name}")
     else:
         base = Rubrics(_mapping(found, path))
     return Rubrics(base.common, {**base.by_question, **from_questions(questions).by_question})

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 MIN_MASS = 0.25
 """Probability that must lie on numbers for a score to count."""
 _ROUNDING = 1e-9
 """exp(log(0.25)) may fall a few ulps short of 0.25, and such a reply still has a score."""
 _NUMBER = re.compile(r"[0-9]{1,3}", re.ASCII)
+_AROUND = " \t\r\n\"'`*."
 _WORDS = {"refusal": "REFUSAL", "code": "CODE"}
 """Reason -> the word that the rubric offers for it."""
 
@@ -56,3 +57,17 @@ def _word(text: str) -> str:
         if text.upper() == word or (len(text) >= 2 and word.startswith(text)):
             return reason
     return "unparsable"
+
+
+def parse_samples(texts: Sequence[str]) -> tuple[float | None, str | None]:
+    """The same rule for k whole replies of a judge that gives no probabilities: each weighs 1/k.
+
+    So the score is the mean of the replies that are whole numbers 0..100, and absent if under a quarter of them are. A
+    reply counts with the white space, quotes, stars and full stop that models put around a number.
+    """
+    said = [text.strip(_AROUND) for text in texts]
+    score, reason = parse_score([(text, 1 / len(said)) for text in said])
+    if score is not None:  # again without the weights, whose rounding would make 29.999 of three times 30
+        numbers = [int(text) for text in said if _NUMBER.fullmatch(text) and int(text) <= 100]
+        score = sum(numbers) / len(numbers)
+    return score, reason

@@ -237,6 +237,7 @@ class Run:
         cache = self.store.folder / "judge_cache.sqlite"
         return get_judge(
             j.name, base_url=j.base_url, key_env=j.key_env, rubrics=j.rubrics, questions=self.questions, max_cost=j.max_cost,
+            concurrency=j.concurrency, samples=j.samples, prices=j.prices,
             cache=cache if self.compute or cache.is_file() else None, on_estimate=lambda e: self.say(f"judge   {e}"),
         )  # fmt: skip
 
@@ -355,7 +356,8 @@ class Run:
                 items = [Item(r.id, r.question, r.response, r.question_id) for r in self.store.responses(dict.fromkeys(group))]
                 judge.judge(items, RUBRICS, keep)
         if total:
-            self.say(f"judge   {total // len(RUBRICS)} answers by {judge.name}")
+            spent = getattr(judge, "spent", 0.0)
+            self.say(f"judge   {total // len(RUBRICS)} answers by {judge.name}{f', ${spent:.4f} spent' if spent else ''}")
 
     # Directions
 

@@ -79,12 +79,16 @@ class JudgeSpec(_Spec):
     """Who judges."""
 
     name: str = "embedded"
-    """embedded, or openai:MODEL."""
+    """embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER."""
     base_url: str | None = None
     key_env: str | None = None
     """Name of the environment variable that holds the key; never the key."""
     rubrics: str | None = None
+    concurrency: int | None = None
+    samples: int | None = None
+    """For a judge without token probabilities: the mean of so many replies."""
     max_cost: float | None = None
+    prices: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -259,11 +263,11 @@ def _located(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
         return {k: v if k not in keys else [located(x) for x in v] if isinstance(v, list) else located(v) for k, v in block.items()}
 
     data = changed(data, "base", "trusted")
-    for name, keys in {"questions": ("file",), "judge": ("rubrics",), "margin": ("data",)}.items():
+    for name, keys in {"questions": ("file",), "judge": ("rubrics", "prices"), "margin": ("data",)}.items():
         if name in data:
             data[name] = changed(data[name], *keys)
     if isinstance(data.get("judges"), list):
-        data["judges"] = [changed(judge, "rubrics") for judge in data["judges"]]
+        data["judges"] = [changed(judge, "rubrics", "prices") for judge in data["judges"]]
     if isinstance(data.get("organisms"), dict):
         data["organisms"] = {name: changed(block, "data", "path") for name, block in data["organisms"].items()}
     return data
