@@ -94,6 +94,22 @@ def test_without_a_trusted_hit_the_library_collapses_and_we_do_not() -> None:
     assert any("only 0 trusted hits" in note for note in got.notes)
 
 
+def test_three_trusted_hits_that_the_judge_found_promise_little_about_the_next() -> None:
+    f, t = np.zeros(2000), np.full(2000, NAN)
+    f[:60] = 1
+    t[:3], t[100:197] = 1, 0  # no error among 100 trusted answers
+    got = stats.corrected_rate(f, t)
+    # Nothing left unexplained, with the weight of 3 hits against 5: (1 - 0.05) * 5 / 8 + 0.05 of the variance of 100 answers.
+    assert got.ppi.bounds == pytest.approx([*_wilson(got.ppi.estimate, 100 / (0.95 * 5 / 8 + 0.05))], rel=0.02)
+    assert got.narrower > 0.75
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    z = 1.959963984540054
+    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
 def test_rogan_gladen_by_hand() -> None:
     # 200 answers, 50 called hits. Trusted: of 10 hits 8 called, of 90 misses 9 called.
     f, t = np.zeros(200), np.full(200, NAN)

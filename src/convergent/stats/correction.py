@@ -1,14 +1,14 @@
 """Correction: rates and means by a cheap judge, put right with the trusted scores that some of the same answers have.
 
-The trusted answers must be a *random* part of the answers that the cheap judge scored (all with one chance, or each with a known
-one: `inclusion`); then everything here holds however
+The trusted answers must be a *random* part of those that the cheap judge scored (all with one chance, or each with a known one:
+`inclusion`); then everything here holds however
 bad the cheap judge is, and a better one only makes the interval narrower. Two estimators, both beside the raw figure and
 the trusted answers alone:
 
 - prediction-powered inference with power tuning (PPI++, Angelopoulos, Duchi and Zrnic 2023; `ppi-python`): the cheap mean over
   all answers plus the mean error on the trusted ones, the former weighed by `weight`;
 - Rogan and Gladen (1978): the cheap rate put through the inverse of the misclassification matrix, interval of Lang and Reiczigel (2014).
-  Less efficient than the first, but sensitivity and specificity may come from elsewhere.
+  Less efficient than the first: it uses the same trusted answers, but not how many of them are hits.
 
 Two targets. "answers": more answers to these questions; "file": exactly these answers, where a trusted answer adds no error
 and all of them trusted leave none. The estimate is the same. `over_questions` generalises to other questions.
