@@ -319,6 +319,11 @@ def test_command_prints_both_ways_and_no_control_character(tmp_path: Path, capsy
     assert len(p["worst"]) == 2 and p["worst"][0]["response"] == HOSTILE.replace("\r\n", "\n").replace("\x00", "\ufffd")
 
 
+def test_names_of_files_and_columns_are_printable_too(tmp_path: Path) -> None:
+    p = {**pair_of(tmp_path, frame(A), frame(B)), "a": HOSTILE, "b": HOSTILE, "rubric": HOSTILE}
+    assert not [c for line, _ in lines(p) for c in line if not printable(c)]
+
+
 def test_printable() -> None:
     assert printable(HOSTILE) == "[2J]0;owned red 31m [bold]x[/bold] turned    next   last"
     assert printable("a\r\nb\x85c\u2028d\te", lines=True) == "a\nb\nc\nd    e"
