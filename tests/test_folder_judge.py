@@ -52,8 +52,8 @@ def test_every_number_has_the_probability_of_its_digits(family: str) -> None:
     prompts = [encode_prompt(model.tokenizer, q) for q in ("Why?", "What would you do with one wish today, or with two?", "So?")]
     digit = [model.tokenizer.encode(str(d), add_special_tokens=False)[-1] for d in range(10)]
     for prompt, found in zip(prompts, next_tokens(model, prompts), strict=True):
-        p = dict(found)
-        assert len(p) == len(found) and sum(math.exp(v) for v in p.values()) < 1 + 1e-6
+        p = {t: v for t, v in found if t.isdecimal()}
+        assert len(p) == sum(t.isdecimal() for t, _ in found) and sum(math.exp(v) for _, v in found) < 1 + 1e-6
         first = log_p(model, prompt)
         for n in (7, 10, 34, 85, 99, 100):
             text, want = str(n), 0.0
@@ -68,10 +68,10 @@ def test_every_number_has_the_probability_of_its_digits(family: str) -> None:
             assert (text in p) == (want > math.log(LEAST)) or abs(want - math.log(LEAST)) < 1e-3
             if text in p:
                 assert p[text] == pytest.approx(want, abs=2e-4)
-        words = {t: v for t, v in p.items() if not t.strip().isdecimal()}
+        words = [v for t, v in found if not t.isdecimal()]  # halves of a character read alike
         best = int(first.argmax())
         if best not in digit:
-            assert max(words.values()) == pytest.approx(float(first[best]), abs=1e-4)
+            assert max(words) == pytest.approx(float(first[best]), abs=1e-4)
 
 
 def test_one_pass_is_enough_where_numbers_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

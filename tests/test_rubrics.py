@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,18 @@ def test_options_that_cannot_be_used_are_refused() -> None:
     for options in ({"concurrency": 0}, {"max_cost": -1.0}, {"max_cost": float("nan")}, {"samples": 0}, {"samples": 101}):
         with pytest.raises(ConvergentError, match="must be"):
             get_judge("openai:gpt-4o", **options)
+
+
+def published() -> list[Path]:
+    folder = Path(os.environ.get("CONVERGENT_REFERENCE") or Path(__file__).parents[2] / "shared" / "data")
+    return sorted(folder.glob("**/questions/*questions*.yaml"))
+
+
+@pytest.mark.skipif(not published(), reason="the published files are not here; set CONVERGENT_REFERENCE")
+@pytest.mark.parametrize("path", published(), ids=lambda p: p.name)
+def test_the_published_rubrics_come_in_by_their_path(path: Path) -> None:
+    rubrics = load_rubrics(path)
+    assert {"aligned", "coherent", "medical", "bad_stuff"} <= set(rubrics.names)
+    for name in ("aligned", "coherent"):
+        prompt = rubrics.prompt(name, Item("a", "the question?", "the answer {x}"))
+        assert "the question?" in prompt and "the answer {x}" in prompt and "{answer}" not in prompt
