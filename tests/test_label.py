@@ -316,5 +316,5 @@ def test_an_answer_cannot_speak_to_the_terminal(tmp_path: Path) -> None:
 def test_lines_from_a_pipe_work_too(tmp_path: Path) -> None:
     write_table(answers(response=HOSTILE), tmp_path / "t.csv")
     process = start([str(tmp_path / "t.csv"), "--n", "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate(b"40\n\xff\xfe\n", timeout=60)
+    out, err = process.communicate(b"40\n\xff\xfe\n", timeout=180)
     assert process.returncode == 0 and err == b"" and b"\x1b" not in out and b"1 of 2 done" in out
