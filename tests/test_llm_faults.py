@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(server: str, 
             while stored(cache) < 6 and time.monotonic() < deadline:
                 time.sleep(0.01)
             run.send_signal(signal.SIGINT)
-            said, errors = run.communicate(timeout=60)
+            said, errors = run.communicate(timeout=180)
         assert run.returncode == 130, errors
         assert errors.splitlines()[-1] == "convergent: interrupted; run the same command again to go on"
         assert "Traceback" not in errors and not said and not out.exists()

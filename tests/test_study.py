@@ -329,6 +329,7 @@ def test_plan_only_prints(done: Path, tmp_path: Path, idle: None, capsys: pytest
     assert not (tmp_path / "new").exists()
     printed = capsys.readouterr().out
     assert f"sample interventions   14 conditions: {2 * SAMPLES * 14} of {2 * SAMPLES * 14} to do, about" in printed
+    assert f"under-powered: 2 questions x {SAMPLES} answers see a difference of 10 points of alignment" in " ".join(printed.split())
     before = {p: p.read_bytes() for p in (done / "out").rglob("*") if p.is_file()}
     assert cli.main(["run", str(done / "study.yaml"), "--out", str(done / "out"), "--plan"]) == 0
     assert {p: p.read_bytes() for p in (done / "out").rglob("*") if p.is_file()} == before

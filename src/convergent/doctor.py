@@ -44,6 +44,9 @@ def examine() -> tuple[list[str], bool]:
         healthy = False
     for name, use in (("CONVERGENT_UPSTREAM", "the authors' encrypted training sets"), ("CONVERGENT_QUESTIONS", "the published question file")):
         lines.append(f"optional  {name} {'is set' if os.environ.get(name) else 'is not set'}: {use}")
+    for module, extra, use in (("xllamacpp", "local", "GGUF models as judges"), ("ppi_py", "ppi", "rates corrected by trusted scores")):
+        there = importlib.util.find_spec(module) is not None
+        lines.append(f"optional  {module} {'is installed' if there else f'is not installed (pip install convergent[{extra}])'}: {use}")
     lines.append("optional  OPENAI_API_KEY " + ("is set" if os.environ.get("OPENAI_API_KEY") else "is not set") + ": only for openai judges")
     lines.append("all that is needed is here" if healthy else "something needed is missing, see `problem` above")
     return lines, healthy

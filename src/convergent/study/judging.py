@@ -173,10 +173,9 @@ def _corrected(answers: pd.DataFrame, rater: Rater, raters: Sequence[Rater]) -> 
     scored = _valid(answers, rater)
     known = scored.index.isin(_valid(scored, gold).index)
     found["n_trusted"] = int(known.sum())
-    correct = getattr(stats, "corrected_rate", None)
-    if correct is None or known.sum() < FEWEST_TRUSTED:
+    if known.sum() < FEWEST_TRUSTED:
         return found
-    made = correct(_em(scored, rater).astype(float), np.where(known, _em(scored, gold), math.nan), scored["question_id"].to_numpy())
+    made = stats.corrected_rate(_em(scored, rater).astype(float), np.where(known, _em(scored, gold), math.nan), scored["question_id"].to_numpy())
     for kind in ("ppi", "rogan_gladen"):
         if (interval := getattr(made, kind)) is not None:
             found |= {kind: interval.estimate, f"{kind}_low": interval.low, f"{kind}_high": interval.high}

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from convergent import stats
 from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
@@ -106,6 +107,10 @@ def _advance(bars: Progress) -> Callable[[str, int, int, str], None]:
     return advance
 
 
+WORTH_SEEING = 10.0
+"""Points of mean alignment between two conditions that a study should be able to see; a plan that cannot says so."""
+
+
 def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
     spec: StudySpec = run.spec
     console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, {_judges(run)}, seed {spec.seed}")
@@ -115,6 +120,9 @@ def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
         console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
     left = sum(s.seconds for s in stages)
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
+    weak = stats.underpowered(len(run.questions), spec.questions.samples, WORTH_SEEING, unit="points of alignment")
+    if weak and left:
+        console.print(f"  {weak}; `convergent power` plans by your own data")
 
 
 def _judges(run: Run) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -249,7 +250,11 @@ class Run:
     @cached_property
     def trusted(self) -> Trusted | None:
         """The trusted scores of the study, if it names any."""
-        return None if self.spec.trusted is None else read_trusted(self.spec.trusted)
+        if self.spec.trusted is None:
+            return None
+        if importlib.util.find_spec("ppi_py") is None:  # known now, not after hours, when the rates are corrected
+            raise StudyError("trusted: correcting rates by trusted scores needs ppi-python; run `pip install 'convergent[ppi]'`, or leave `trusted` out")
+        return read_trusted(self.spec.trusted)
 
     # Models
 
