@@ -100,6 +100,8 @@ def _variant(stem: str, a: Tokens, b: Tokens, only: Only, repeats: int) -> Itera
     draws = [_balanced(y, stem, i) for i in range(repeats)]
     if wanted & {"accuracy", "auc", *coefficients}:
         fits = [_split_by_token(_z(x[rows]), y[rows], stem, i) for i, rows in enumerate(draws)]
+        if empty := sum(not f[2].any() for f in fits):
+            named += f"; {empty} of {repeats} fits keep no coefficient: too few tokens for C = {C:g}"
         for name, values in (("accuracy", [f[0] for f in fits]), ("auc", [f[1] for f in fits])):
             if name in wanted:
                 yield _mean(f"{stem}/{name}", CLAIMS[name], SOURCE, values, per_class, named)
@@ -160,11 +162,9 @@ def _z(x: np.ndarray) -> np.ndarray:
 def _fit(x: np.ndarray, y: np.ndarray, c: float, random_state: int) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    # `penalty` is on its way out; its successor means something else in older versions, so the old one is used while it is there.
-    l1 = {"penalty": "l1"} if "penalty" in LogisticRegression().get_params() else {"l1_ratio": 1.0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return LogisticRegression(**l1, solver="liblinear", C=c, max_iter=1000, random_state=random_state).fit(x, y)
+    # From 1.8 on `l1_ratio` says what `penalty` said before, and the old default of `l1_ratio` contradicts the old name.
+    l1 = {"penalty": "l1"} if getattr(LogisticRegression(), "penalty", "deprecated") != "deprecated" else {"l1_ratio": 1.0}
+    return LogisticRegression(**l1, solver="liblinear", C=c, max_iter=1000, random_state=random_state).fit(x, y)
 
 
 def _auc(y: np.ndarray, score: np.ndarray) -> float:
