@@ -23,6 +23,7 @@ from convergent.replicate import pickles
 from convergent.replicate.claims import Only, compare, counted
 from convergent.replicate.folder import Folder, is_variant
 from convergent.replicate.page import render
+from convergent.replicate.probe import _folds, _z
 from convergent.replicate.published import Published, all_published, elsewhere
 from convergent.replicate.registry import FAMILIES, Options
 from convergent.replicate.run import replicate
@@ -219,6 +220,17 @@ def test_question_identity_alone_can_win(tmp_path: Path) -> None:
         df.assign(question=[f"q{(i % 4) + offset}" for i in range(len(df))]).to_parquet(path)
     found = {c.id: c for c in replicate(tmp_path, "probe/*", FAST)}
     assert found["probe/x_vs_y/auc_question_only"].recomputed > 0.99 and found["probe/x_vs_y/auc"].recomputed < 0.75
+
+
+def test_folds_hold_out_whole_groups() -> None:
+    """Features that name the group tell everything about a token of a group that was seen, and nothing about another one's."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 40)
+    x, y = np.eye(20)[groups], groups % 2
+    alone = np.arange(len(y))
+    assert np.mean(_folds(_z(x), y, alone, "test", 0, 1.0)) > 0.99
+    assert abs(np.mean(_folds(_z(x), y, groups, "test", 0, 1.0)) - 0.5) < 0.2
+    assert _folds(_z(rng.normal(size=(8, 2))), np.repeat([0, 1], 4), np.repeat([0, 1], 4), "test", 0, 1.0) == []  # one group per class
 
 
 def test_same_numbers_again_and_other_repeats(data: Path, claims) -> None:
