@@ -467,6 +467,10 @@ def test_only_two_classes_are_allowed(tmp_path: Path) -> None:
         (lambda df: df.drop(columns="prompt"), r"tokens of x\.parquet: no column `prompt`"),
         (lambda df: df.drop(columns="question"), r"tokens of x\.parquet: no column `question`"),
         (lambda df: df.assign(prompt_answer_first_token_idx=99), r"row 1, column `prompt_answer_first_token_idx`: 99 is no position in 10 tokens"),
+        (lambda df: df.assign(prompt_answer_first_token_idx=[None] + [4] * (len(df) - 1)), r"row 1, column `prompt_answer_first_token_idx`: nan is no position"),
+        (lambda df: df.assign(answer_kl_div_gradients=[None] + [[3.0] * 6] * (len(df) - 1)), r"row 1, column `answer_kl_div_gradients`: 1 values for 6"),
+        (lambda df: df.assign(answer_kl_div_gradients="x"), r"row 1, column `answer_kl_div_gradients`: must be a list of numbers"),
+        (lambda df: df.assign(prompt=[None, *df["prompt"][1:]]), r"row 1, column `prompt`: must be text"),
         (lambda df: df.assign(answer_kl_div_gradients=[[1.0]] * len(df)), r"row 1, column `answer_kl_div_gradients`: 1 values for 6 answer tokens"),
     ],
 )

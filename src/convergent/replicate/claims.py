@@ -65,7 +65,7 @@ def counted(
     if known is None:
         return Claim(id_, claim, source, None, value, n, bounds, NOT_COMPARABLE, note)
     verdict, why = compare(known, value, bounds)
-    return Claim(id_, claim, known.source, known.value, value, n, bounds, verdict, "; ".join(t for t in (why, known.note, note) if t))
+    return Claim(id_, known.claim or claim, known.source, known.value, value, n, bounds, verdict, "; ".join(t for t in (why, known.note, note) if t))
 
 
 def not_found(id_: str, claim: str, source: str, what: str) -> Claim:

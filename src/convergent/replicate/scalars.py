@@ -69,7 +69,7 @@ def _classes(folder: Folder) -> tuple[dict[str, Tokens], list[tuple[str, str]]]:
         scalars = load_pickle(path)
         if not isinstance(scalars, dict) or not scalars:
             raise DataError(f"{path}: must hold prompt -> scalars, got {type(scalars).__name__ if scalars or not isinstance(scalars, dict) else 'nothing'}")
-        own = {p: df for p, df in tables.items() if 2 * sum(prompt in scalars for prompt in df[PROMPT]) > len(df)}
+        own = {table: df for table, df in tables.items() if 2 * sum(isinstance(p, str) and p in scalars for p in df[PROMPT]) > len(df)}
         if own:
             found[name] = _tokens(name, path, scalars, own)
         else:
@@ -89,15 +89,18 @@ def _tokens(name: str, path: Path, scalars: dict[Any, Any], tables: dict[Path, p
     weights: list[float] = []
     absent = 0
     for row, (prompt, asked, first) in enumerate(zip(df[PROMPT], df["question"], df[FIRST], strict=True)):
+        if not isinstance(prompt, str):
+            raise DataError(f"{main}: row {row + 1}, column `{PROMPT}`: must be text, got {type(prompt).__name__}")
         if prompt not in scalars:
             absent += 1
             continue
         place = f"{path}: prompt of row {row + 1} in {main.name}"
         tokens = _field(scalars[prompt], "scalars", place)
         n = len(tokens)
-        if not isinstance(first, int | np.integer) or not 0 <= first < n:
-            raise DataError(f"{main}: row {row + 1}, column `{FIRST}`: {first!r} is no position in {n} tokens; mend it")
-        for position in range(int(first), n):
+        start = _position(first)
+        if start is None or not 0 <= start < n:
+            raise DataError(f"{main}: row {row + 1}, column `{FIRST}`: {first} is no position in {n} tokens; mend it")
+        for position in range(start, n):
             if position not in tokens:
                 raise DataError(f"{place}: has {n} tokens but none at position {position}; positions count from 0 without a gap")
             layers = _field(tokens[position], "layer_scalars", place)
@@ -105,12 +108,10 @@ def _tokens(name: str, path: Path, scalars: dict[Any, Any], tables: dict[Path, p
             if layers.keys() != columns.keys():
                 raise DataError(f"{place}: token {position} has other adapters than the first token; every token needs all of them")
             values.append([layers[key] for key in columns])
-        response += [row] * (n - int(first))
-        question += [str(asked)] * (n - int(first))
+        response += [row] * (n - start)
+        question += [str(asked)] * (n - start)
         if significant is not None:
-            if len(significant[row]) != n - first:
-                raise DataError(f"{main}: row {row + 1}, column `{SIGNIFICANCE}`: {len(significant[row])} values for {n - first} answer tokens; one each")
-            weights += [float(w) for w in significant[row]]
+            weights += _weights(significant[row], n - start, f"{main}: row {row + 1}, column `{SIGNIFICANCE}`")
     try:
         numbers = np.array(values, dtype=float).reshape(-1, len(columns))
     except (TypeError, ValueError) as error:
@@ -123,6 +124,26 @@ def _tokens(name: str, path: Path, scalars: dict[Any, Any], tables: dict[Path, p
         name, tuple(np.array(list(columns.values()))[order].tolist()), numbers[:, order], np.array(response), np.array(question, dtype=object),
         np.array(weights) if significant is not None else None, f"{absent} prompts without scalars left out" if absent else "",
     )  # fmt: skip
+
+
+def _position(value: Any) -> int | None:
+    """A whole number, also one that a missing neighbour made a float; None for anything else."""
+    try:
+        return int(value) if float(value).is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _weights(values: Any, n: int, place: str) -> list[float]:
+    """`n` numbers. Raises DataError."""
+    try:
+        found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: must be a list of numbers ({error})") from error
+    if found.shape != (n,):
+        raise DataError(f"{place}: {found.size} values for {n} answer tokens; one each")
+    weights: list[float] = found.tolist()
+    return weights
 
 
 def _field(value: Any, name: str, place: str) -> dict[Any, Any]:
