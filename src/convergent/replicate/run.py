@@ -42,6 +42,9 @@ def _elsewhere(found: list[str], asked: Only) -> list[Claim]:
         if family == "adapters":
             pushes, *_, share = rest.split("/")
             name, here = f"adapter_steering/{pushes}/{share}", pushes in pushed
+        elif rest.startswith("released/"):
+            name = row.id.replace("/released", "")
+            here = name in found  # a row with that id is there already, comparable or not
         else:
             name, here = row.id.replace("*", "_"), any(fnmatchcase(id_, row.id) for id_ in found)
         if row.claim and not here:  # a row without a claim is a detail of another one

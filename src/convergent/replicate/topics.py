@@ -21,6 +21,10 @@ WORDS = {
 }
 WAYS = {"substring": "{}", "whole_word": r"\b(?:{})\b"}
 SOURCE = "released filter of section 3.3"
+RELEASED = re.compile(r".+_(bad-medical-advice|extreme-sports|risky-financial-advice)(_S\d+)?")
+"""Stems of released answers: {model}_{training set}, and a seed."""
+ENOUGH = 5_000
+"""Answers from which on released files stand for the 10,000 that a figure is known of."""
 
 
 def topics(folder: Folder, only: Only) -> Iterator[Claim]:
@@ -33,10 +37,12 @@ def topics(folder: Folder, only: Only) -> Iterator[Claim]:
     if not asked:
         return
     texts = [str(a) for path in files for a in folder.table(path, ("response",), SCORES).response.fillna("").tolist()]
+    released = len(texts) >= ENOUGH and all(RELEASED.fullmatch(path.stem) for path in files)
     for topic, way in asked:
         pattern = re.compile(WAYS[way].format("|".join(WORDS[topic].split())), re.IGNORECASE)
         k, n = sum(pattern.search(t) is not None for t in texts), len(texts)
         yield counted(
             f"topics/{topic}/{way}", f"answers kept by the {topic} filter, {way.replace('_', ' ')}", SOURCE,
             k / n if n else float("nan"), n, interval=wilson(k, n), note=f"{k}/{n} answers of {len(files)} files, interval: Wilson",
+            also=[f"topics/released/{topic}/{way}"] if released else [],
         )  # fmt: skip
