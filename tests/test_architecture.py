@@ -20,7 +20,7 @@ SRC = ROOT / "src" / "convergent"
 ORDER = (
     "errors", "cache", "core", "stats", "tables", "rates", "correct", "power",
     "data", "models", "organisms", "interventions", "sampling", "judging", "directions", "experiments",
-    "store", "report", "study",
+    "store", "report", "study", "replicate",
     "doctor", "stages", "api", "cli",
 )  # fmt: skip
 """A stage imports earlier stages, never later ones. `stats` to `power` know numbers and files, and no stage."""

@@ -221,6 +221,21 @@ def judge_check(
     )  # fmt: skip
 
 
+@app.command(epilog="Example: convergent replicate --data reference --only 'probe/*' --out replicate.html")
+def replicate(
+    data: Annotated[Path, typer.Option(help="Folder of released data: responses, hidden_states, scalars, ...")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every row.")] = False,
+    only: Annotated[Optional[str], typer.Option(metavar="GLOB", help="Only claims whose id matches, such as 'em/*'.")] = None,
+    out: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write the answer as a page too.")] = None,
+    repeats: Annotated[int, typer.Option(help="Random splits of a probe; the paper took 100.", min=1)] = 20,
+    threshold: Annotated[Optional[list[float]], typer.Option(help="Coherence of adapter steering, once for each; default: 25 and 50.")] = None,
+) -> None:
+    """Count the published figures again from released data; needs no model."""
+    from convergent.replicate.command import replicate_command
+
+    replicate_command(data, as_json, only, out, repeats, threshold or ())
+
+
 _OURS_NOT = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 )
