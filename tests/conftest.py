@@ -1,7 +1,13 @@
-"""Before any test: no bars on stderr, where tests look for exactly one line."""
+"""Before any test: no bars on stderr, where tests look for exactly one line; and Ctrl-C reaches the programs that tests start."""
 
 from __future__ import annotations
+
+import signal
 
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+
+# A shell that starts us in the background ignores SIGINT for us, and what is ignored stays so in our children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
