@@ -238,13 +238,13 @@ def test_refusals():
 
 
 def test_a_model_with_its_own_attention_is_refused():
-    from transformers import GPTJConfig, GPTJForCausalLM
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     chat = tiny_chat()
-    config = GPTJConfig(vocab_size=len(chat.tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, pad_token_id=0)
-    own = GPTJForCausalLM(config).eval()
+    size = {"max_position_embeddings": 128, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+    own = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=len(chat.tokenizer), pad_token_id=0, **size)).eval()
     other = replace(chat, model=own, anatomy=inspect_model(own))
-    with pytest.raises(ModelError, match="GPTJForCausalLM: its attention"):
+    with pytest.raises(ModelError, match="GPTNeoForCausalLM: its attention"):
         sample(other, make_requests([Condition("plain")], [SHORT], 1, 0))
 
 

@@ -206,6 +206,11 @@ def test_bounds_hold_the_estimate_and_stay_in_range(n: int, rest: int, draw: Any
     assert got.ppi.low <= got.ppi.estimate + 1e-12 and got.ppi.estimate - 1e-12 <= got.ppi.high
 
 
+def test_all_trusted_and_all_alike_says_nothing_of_other_questions() -> None:
+    over = stats.corrected_rate([1, 1], [1, 1], ["a", "b"], "file").over_questions
+    assert over is not None and not over.defined and "do not differ" in over.method
+
+
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="0 or 1, got 85"):
         stats.corrected_rate([85, 1, 0], [1, 0, NAN])

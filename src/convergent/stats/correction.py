@@ -364,6 +364,8 @@ class _Sample:
         plain = p * (1 - p) / self.n
         seen = variance / plain if plain > 0 else 1.0
         effect = max((self.hits * seen + PRIOR_HITS * self.assumed_effect()) / (self.hits + PRIOR_HITS), self.ratio)
+        if effect <= 0:  # every answer is trusted, and all are alike
+            return undefined(self.estimate, self.n_all, "the trusted answers do not differ", g)
         low, high = wilson_bounds(p, self.n / effect, t)
         return Interval(p, float(low), float(high), self.n_all, "PPI++, Wilson at the effective number of trusted answers, t quantile", OVER_QUESTIONS, g)
 
