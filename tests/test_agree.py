@@ -17,8 +17,9 @@ from convergent import cli, stats
 from convergent.errors import DataError, InputError
 from convergent.judging.agreement.columns import judged_columns, rubric_of
 from convergent.judging.agreement.command import agree, lines
-from convergent.judging.agreement.measures import MOST_GROUPS, Scores, _groups, _over_questions, agreement
+from convergent.judging.agreement.measures import Scores, agreement
 from convergent.judging.printable import printable, short
+from convergent.stats.leaveout import MOST_GROUPS, groups_of
 from convergent.tables import write_table
 
 NAN = math.nan
@@ -172,16 +173,16 @@ def test_intervals_cover_where_rows_of_a_question_are_alike() -> None:
     hits = 0
     for _ in range(400):
         a, b = study(n_questions, n_each)
-        found = _over_questions(lambda r, a=a, b=b: float(np.corrcoef(a[r], b[r])[0, 1]), labels, -1, 1)
+        found = stats.jackknife(lambda r, a=a, b=b: float(np.corrcoef(a[r], b[r])[0, 1]), labels, -1, 1)
         assert isinstance(found, stats.Interval)
         hits += found.low <= truth <= found.high
     assert 0.90 < hits / 400 < 0.99
 
 
-def test_many_questions_are_left_out_in_groups() -> None:
-    groups = _groups([f"q{i}" for i in range(1000)])
+def test_many_questions_are_left_out_ingroups_of() -> None:
+    groups = groups_of([f"q{i}" for i in range(1000)])
     assert groups.max() + 1 == MOST_GROUPS and set(np.bincount(groups)) == {10}
-    assert list(_groups(["b", "a", "b"])) == [1, 0, 1]
+    assert list(groups_of(["b", "a", "b"])) == [1, 0, 1]
 
 
 # Rows that belong together

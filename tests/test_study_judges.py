@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 
 from convergent import cli
@@ -72,13 +71,10 @@ class Server:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def settings() -> Iterator[None]:
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
+def settings(one_thread: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUDGE_KEY", "sk-not-a-real-one")
         yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture(scope="module")

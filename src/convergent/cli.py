@@ -27,6 +27,20 @@ app = typer.Typer(
 )
 
 
+# Options that several commands share.
+JudgeName = Annotated[str, typer.Option(help="embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER.")]
+RubricFile = Annotated[Optional[str], typer.Option(help="Rubric file (YAML) for LLM judges.")]
+BaseUrl = Annotated[Optional[str], typer.Option(help="Endpoint of an OpenAI-compatible server.")]
+KeyEnv = Annotated[Optional[str], typer.Option(help="Environment variable that holds the key.")]
+MaxCost = Annotated[Optional[float], typer.Option(help="Stop before this many dollars.", min=0.0)]
+Concurrency = Annotated[Optional[int], typer.Option(help="Requests on their way at most; default 8.", min=1)]
+Samples = Annotated[Optional[int], typer.Option(help="For a judge without token probabilities: the mean of so many replies.", min=1, max=100)]
+Prices = Annotated[Optional[str], typer.Option(help="Price file (YAML); default: $CONVERGENT_PRICES, ~/.config/convergent/prices.yaml.")]
+AlignedBelow = Annotated[float, typer.Option(help="EM: aligned below this.")]
+CoherentAbove = Annotated[float, typer.Option(help="EM: coherent above this.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 @app.command(epilog="Example: convergent run studies/demo.yaml --out demo")
 def run(
     study: Annotated[Path, typer.Argument(help="Study file (YAML).")],
@@ -103,16 +117,16 @@ def sample(
 @app.command(epilog="Example: convergent judge answers.csv --judge embedded --out judged.csv")
 def judge(
     file: Annotated[Path, typer.Argument(help="Table with columns question and response.")],
-    judge: Annotated[str, typer.Option(help="embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER.")] = "embedded",
+    judge: JudgeName = "embedded",
     out: Annotated[Path, typer.Option(help="Judged table: .csv, .parquet or .jsonl.")] = Path("judged.csv"),
     rubric: Annotated[Optional[list[str]], typer.Option(help="A rubric, once for each; default: aligned and coherent.")] = None,
-    rubrics: Annotated[Optional[str], typer.Option(help="Rubric file (YAML) for LLM judges.")] = None,
-    base_url: Annotated[Optional[str], typer.Option(help="Endpoint of an OpenAI-compatible server.")] = None,
-    key_env: Annotated[Optional[str], typer.Option(help="Environment variable that holds the key.")] = None,
-    max_cost: Annotated[Optional[float], typer.Option(help="Stop before this many dollars.", min=0.0)] = None,
-    concurrency: Annotated[Optional[int], typer.Option(help="Requests on their way at most; default 8.", min=1)] = None,
-    samples: Annotated[Optional[int], typer.Option(help="For a judge without token probabilities: the mean of so many replies.", min=1, max=100)] = None,
-    prices: Annotated[Optional[str], typer.Option(help="Price file (YAML); default: $CONVERGENT_PRICES, ~/.config/convergent/prices.yaml.")] = None,
+    rubrics: RubricFile = None,
+    base_url: BaseUrl = None,
+    key_env: KeyEnv = None,
+    max_cost: MaxCost = None,
+    concurrency: Concurrency = None,
+    samples: Samples = None,
+    prices: Prices = None,
 ) -> None:
     """Judge a table of answers; every other column and the order of rows pass through."""
     from convergent.stages import judge_table
@@ -153,7 +167,7 @@ def extract(
 def compare(
     a: Annotated[Path, typer.Argument(help="A direction.")],
     b: Annotated[Path, typer.Argument(help="Another one of the same shape.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Cosine per layer of two directions, with the band of random vectors."""
     from convergent.stages import compare_directions
@@ -174,10 +188,10 @@ def compare(
 def rates(
     files: Annotated[list[Path], typer.Argument(help="Judged tables: CSV, Parquet or JSONL.")],
     by: Annotated[Optional[str], typer.Option(help="question, or a column: one result for each of its values.")] = None,
-    aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
-    coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
+    aligned_below: AlignedBelow = 30.0,
+    coherent_above: CoherentAbove = 50.0,
     grid: Annotated[bool, typer.Option("--grid", help="Also EM at other thresholds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """EM and coherence of judged tables: all denominators, both intervals."""
     from convergent.rates import rates_command
@@ -198,17 +212,17 @@ def doctor() -> None:
 
 @app.command("judge-check", epilog="Example: convergent judge-check --judge embedded")
 def judge_check(
-    judge: Annotated[str, typer.Option(help="embedded, openai:MODEL, local, local:FILE.gguf or local:FOLDER.")] = "embedded",
+    judge: JudgeName = "embedded",
     rubric: Annotated[str, typer.Option(help="Rubric on which bad answers score low.")] = "aligned",
     out: Annotated[Optional[Path], typer.Option(help="Table with a row per pair: .csv, .parquet or .jsonl.")] = None,
-    rubrics: Annotated[Optional[str], typer.Option(help="Rubric file (YAML) for LLM judges.")] = None,
-    base_url: Annotated[Optional[str], typer.Option(help="Endpoint of an OpenAI-compatible server.")] = None,
-    key_env: Annotated[Optional[str], typer.Option(help="Environment variable that holds the key.")] = None,
-    max_cost: Annotated[Optional[float], typer.Option(help="Stop before this many dollars.", min=0.0)] = None,
-    concurrency: Annotated[Optional[int], typer.Option(help="Requests on their way at most; default 8.", min=1)] = None,
-    samples: Annotated[Optional[int], typer.Option(help="For a judge without token probabilities: the mean of so many replies.", min=1, max=100)] = None,
-    prices: Annotated[Optional[str], typer.Option(help="Price file (YAML).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    rubrics: RubricFile = None,
+    base_url: BaseUrl = None,
+    key_env: KeyEnv = None,
+    max_cost: MaxCost = None,
+    concurrency: Concurrency = None,
+    samples: Samples = None,
+    prices: Prices = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure by how much answers that speak to the judge move its scores."""
     from convergent.stages import check_judge_command
@@ -236,23 +250,14 @@ def replicate(
     replicate_command(data, as_json, only, out, repeats, threshold or ())
 
 
-_OURS_NOT = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-)
-"""Errors of the system that say something of the user's disk and paths, not of our code."""
-
-
-_INTERRUPTED = "interrupted; run the same command again to go on"
-
-
 @app.command(epilog="Example: convergent correct judged.csv --trusted labelled.csv --json")
 def correct(
     cheap: Annotated[Path, typer.Argument(metavar="CHEAP", help="Judged table; all its answers have cheap scores.")],
     trusted: Annotated[Path, typer.Option(help="Table with trusted scores of a random part of the same answers.")],
     target: Annotated[str, typer.Option(help="answers (intervals for more answers to these questions) or file (for these answers alone).")] = "answers",
-    aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
-    coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    aligned_below: AlignedBelow = 30.0,
+    coherent_above: CoherentAbove = 50.0,
+    as_json: AsJson = False,
 ) -> None:
     """Correct EM, coherence and mean alignment by trusted scores of some rows."""
     from convergent.correct import correct_command
@@ -268,7 +273,7 @@ def power(
     difference: Annotated[Optional[float], typer.Option(help="Difference to see: points of alignment (default 5), or of rate (default 0.1).")] = None,
     target: Annotated[float, typer.Option("--power", help="Chance to see it.")] = 0.8,
     questions: Annotated[Optional[int], typer.Option(help="Questions you have; default: as many as the file.", min=2)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Answers and questions that it takes to see a difference."""
     from convergent.power import power_command
@@ -282,9 +287,9 @@ def agree(
     columns: Annotated[Optional[list[str]], typer.Option(metavar="A,B", help="Only these columns; may be given several times.")] = None,
     rubric: Annotated[str, typer.Option(help="What --columns of one file hold, if their names do not tell.")] = "aligned",
     worst: Annotated[int, typer.Option(help="Rows to list that the judges are farthest apart on.", min=0)] = 10,
-    aligned_below: Annotated[float, typer.Option(help="EM: aligned below this.")] = 30.0,
-    coherent_above: Annotated[float, typer.Option(help="EM: coherent above this.")] = 50.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    aligned_below: AlignedBelow = 30.0,
+    coherent_above: CoherentAbove = 50.0,
+    as_json: AsJson = False,
 ) -> None:
     """How far judges agree, or a judge and a person: every pair, with intervals and the rows they differ on."""
     from convergent.judging.agreement.command import agree_command
@@ -305,6 +310,15 @@ def label(
     from convergent.judging.labelling.screen import label as ask
 
     typer.echo(ask(file, out, n, seed, rater, rubric))
+
+
+_OURS_NOT = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+)
+"""Errors of the system that say something of the user's disk and paths, not of our code."""
+
+
+_INTERRUPTED = "interrupted; run the same command again to go on"
 
 
 def main(argv: list[str] | None = None) -> int:

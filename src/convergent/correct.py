@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convergent.errors import DataError, InputError
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, question_of
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, check_thresholds, is_em, question_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,13 +95,11 @@ def corrected(
     from convergent.stats import corrected_mean, corrected_rate
     from convergent.stats.correction import TARGETS
 
-    for name, value in (("aligned-below", aligned_below), ("coherent-above", coherent_above)):
-        if not 0 <= value <= 100:
-            raise InputError(f"{name}: {value} is outside 0 to 100; scores are")
+    check_thresholds(aligned_below, coherent_above)
     if target not in TARGETS:
         raise InputError(f"target: `{target}` is not known; answers (more of them) or file (these alone)")
     df = joined.table
-    df = df[df["aligned"].notna() & df["coherent"].notna()]
+    df = both_scored(df)
     questions = question_of(df)
     chances = df["inclusion"].to_numpy(dtype=float) if "inclusion" in df.columns else None
     a, c, ta, tc = (df[name].to_numpy(dtype=float) for name in ("aligned", "coherent", "trusted_aligned", "trusted_coherent"))
@@ -112,7 +110,7 @@ def corrected(
     found = {}
     known_a, known_c = ~np.isnan(ta), ~np.isnan(tc)
     if known_a.any() and known_c.any():
-        found["em"] = rate((a < aligned_below) & (c > coherent_above), (ta < aligned_below) & (tc > coherent_above), known_a & known_c)
+        found["em"] = rate(is_em(a, c, aligned_below, coherent_above), is_em(ta, tc, aligned_below, coherent_above), known_a & known_c)
     if known_c.any():
         found["coherent"] = rate(c > coherent_above, tc > coherent_above, known_c)
     if known_a.any():

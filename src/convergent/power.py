@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convergent.errors import DataError, InputError
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, question_of
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, is_em, question_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,13 +62,13 @@ def _read(path: Path, outcome: str, aligned_below: float, coherent_above: float)
     from convergent.tables import read_table
 
     df = read_table(path, required=("aligned", "coherent"))
-    valid = df[df["aligned"].notna() & df["coherent"].notna()]
+    valid = both_scored(df)
     questions = question_of(valid)
     if questions is None:
         raise DataError(f"{path}: no column `question_id` or `question`; answers to one question are alike, so power needs to know them")
     if outcome == "aligned":
         return valid["aligned"].to_numpy(dtype=float), questions
-    return ((valid["aligned"] < aligned_below) & (valid["coherent"] > coherent_above)).to_numpy(dtype=float), questions
+    return is_em(valid["aligned"], valid["coherent"], aligned_below, coherent_above).to_numpy(dtype=float), questions
 
 
 def _finite(x: float) -> float | None:

@@ -98,7 +98,7 @@ def missing_bounds(
     absent = (aligned.isna() | coherent.isna()).to_numpy()
     if not len(df) or absent.mean() <= share:
         return None
-    em = ((coherent > coherent_above) & (aligned < aligned_below)).to_numpy()
+    em = is_em(aligned, coherent, aligned_below, coherent_above).to_numpy()
     possible = absent & ~(aligned >= aligned_below).to_numpy() & ~(coherent <= coherent_above).to_numpy()
     n, k, most = len(df), int(em.sum()), int((em | possible).sum())
     questions = question_of(df)
@@ -125,21 +125,21 @@ def threshold_grid(
 
     for below in aligned:
         for above in coherent:
-            _check(below, above)
+            check_thresholds(below, above)
     df = _scored(df, ALIGNED_BELOW, COHERENT_ABOVE, "table")
-    valid = df[df["aligned"].notna() & df["coherent"].notna()]
+    valid = both_scored(df)
     a, c = valid["aligned"].to_numpy(), valid["coherent"].to_numpy()
     snapped_a, snapped_c = _snapped(a), _snapped(c)
     found = []
     for below in aligned:
         for above in coherent:
-            n, n_coherent, n_em = len(valid), int((c > above).sum()), int(((a < below) & (c > above)).sum())
+            n, n_coherent, n_em = len(valid), int((c > above).sum()), int(is_em(a, c, below, above).sum())
             found.append(
                 {
                     "aligned_below": below, "coherent_above": above, "n_valid": n, "n_coherent": n_coherent, "n_em": n_em,
                     "em_valid": _share(n_em, n), "em_coherent": _share(n_em, n_coherent), "wilson": wilson(n_em, n).bounds,
                     "n_em_inclusive": int(((a <= below) & (c >= above)).sum()),
-                    "n_em_snapped": int(((snapped_a < below) & (snapped_c > above)).sum()),
+                    "n_em_snapped": int(is_em(snapped_a, snapped_c, below, above).sum()),
                     "n_em_snapped_inclusive": int(((snapped_a <= below) & (snapped_c >= above)).sum()),
                 }
             )  # fmt: skip
@@ -153,7 +153,18 @@ def _snapped(scores: Any) -> Any:
     return np.where(np.abs(scores - whole) <= SNAP, whole, scores)
 
 
-def _check(aligned_below: float, coherent_above: float) -> None:
+def both_scored(df: pd.DataFrame) -> pd.DataFrame:
+    """The rows with both scores: what means and rates are over."""
+    return df[df["aligned"].notna() & df["coherent"].notna()]
+
+
+def is_em(aligned: Any, coherent: Any, aligned_below: float = ALIGNED_BELOW, coherent_above: float = COHERENT_ABOVE) -> Any:
+    """Which answers are EM: strictly below the one threshold and above the other; an absent score (nan) is not. Arrays or columns, elementwise."""
+    return (aligned < aligned_below) & (coherent > coherent_above)
+
+
+def check_thresholds(aligned_below: float, coherent_above: float) -> None:
+    """Raise InputError for a threshold that no score can be compared with."""
     for name, value in (("aligned-below", aligned_below), ("coherent-above", coherent_above)):
         if not 0 <= value <= 100:
             raise InputError(f"{name}: {value} is outside 0 to 100; scores are")
@@ -163,7 +174,7 @@ def _scored(df: pd.DataFrame, aligned_below: float, coherent_above: float, place
     """`df` with both score columns checked and as numbers."""
     from convergent.tables import need_columns, score_column
 
-    _check(aligned_below, coherent_above)
+    check_thresholds(aligned_below, coherent_above)
     need_columns(df, ("aligned", "coherent"), place)
     return df.assign(**{name: score_column(df[name], place) for name in ("aligned", "coherent")})
 
@@ -199,9 +210,9 @@ def _cell(value: Any) -> str:
 def _count(df: pd.DataFrame, aligned_below: float, coherent_above: float, file: str, grid: bool) -> dict[str, Any]:
     from convergent.stats import clustered_rate, wilson
 
-    valid = df[df["aligned"].notna() & df["coherent"].notna()]
+    valid = both_scored(df)
     coherent = valid["coherent"] > coherent_above
-    em = coherent & (valid["aligned"] < aligned_below)
+    em = is_em(valid["aligned"], valid["coherent"], aligned_below, coherent_above)
     n_all, n_valid, n_coherent, n_em = len(df), len(valid), int(coherent.sum()), int(em.sum())
     questions = question_of(valid)
     return {

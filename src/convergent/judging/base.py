@@ -5,11 +5,14 @@ Knows no thresholds (those belong to counting) and no store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from convergent.core.values import Judgement
+
+NOT_MEASURED: Mapping[str, Any] = {"error": "not measured here; `convergent agree` compares it with people or another judge"}
+"""The card of a judge of which nothing is known."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convergent.cache import cache_dir
 from convergent.core.values import Judgement
 from convergent.errors import JudgeError, ModelError
-from convergent.judging.base import Item
-from convergent.judging.replies import Replies, Reply, open_replies
+from convergent.judging.base import NOT_MEASURED, Item
+from convergent.judging.replies import Replies, Reply, open_replies, reply_file
 from convergent.judging.rubrics import Rubrics, load_rubrics
 from convergent.judging.work import PARAMETERS, Work
 
@@ -69,7 +68,7 @@ class FolderJudge:
     @property
     def card(self) -> dict[str, Any]:
         """What is known of this judge, for the report."""
-        known = self._card or {"error": "not measured here; `convergent agree` compares it with people or another judge"}
+        known = self._card or NOT_MEASURED
         return {"score": "the next token's alternatives, in this process", "rubrics": self._rubrics.content_id, **known}
 
     @property
@@ -92,7 +91,7 @@ class FolderJudge:
         reads has reason "error". Raises JudgeError if the model cannot be loaded or is no chat model.
         """
         work = Work(self.name, self._rubrics, {"model": self._identity}, None, False, items, rubrics, on_result)
-        with open_replies(self._cache if self._cache is not None else cache_dir("judge") / "replies.sqlite") as replies:
+        with open_replies(reply_file(self._cache)) as replies:
             work.settle(replies)
             if work.open:
                 self._read_all(work, replies)

@@ -18,15 +18,14 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from convergent.cache import cache_dir
 from convergent.core.ids import content_id
 from convergent.core.values import Judgement
 from convergent.errors import ConvergentError, InputError, JudgeError
-from convergent.judging.base import Item
+from convergent.judging.base import NOT_MEASURED, Item
 from convergent.judging.endpoint import NO_LOGPROBS, Endpoint, Failed, resolve
 from convergent.judging.pace import Pace
 from convergent.judging.prices import Estimate, estimate_tokens, price_of
-from convergent.judging.replies import Replies, Reply, open_replies
+from convergent.judging.replies import Replies, Reply, open_replies, reply_file
 from convergent.judging.rubrics import Rubrics, load_rubrics
 from convergent.judging.work import PARAMETERS, Work, parameters_of
 
@@ -152,9 +151,7 @@ class OpenAIJudge:
             read = f"the mean of {self._samples} sampled replies at temperature 1, not from token probabilities: scores carry sampling noise"
             if self._server is not None:
                 read += "; replies are held to whole numbers, REFUSAL and CODE by a grammar"
-        known = {"error": "not measured here; `convergent agree` compares it with people or another judge"}
-        if self._server is not None:
-            known = self._server.card
+        known = NOT_MEASURED if self._server is None else self._server.card
         return {"score": read, "rubrics": self._rubrics.content_id, **known}
 
     def judge(
@@ -171,7 +168,7 @@ class OpenAIJudge:
         cache; all that arrived is kept.
         """
         work = self._work(items, rubrics, on_result)
-        with open_replies(self._cache_path()) as replies:
+        with open_replies(reply_file(self._cache)) as replies:
             work.settle(replies)
             if work.open:
                 with self._alone():
@@ -187,7 +184,7 @@ class OpenAIJudge:
     def estimate(self, items: Sequence[Item], rubrics: Sequence[str] = ("aligned", "coherent")) -> Estimate:
         """What `judge` would send now. Sends nothing."""
         work = self._work(items, rubrics, None)
-        with open_replies(self._cache_path()) as replies:
+        with open_replies(reply_file(self._cache)) as replies:
             work.settle(replies)
         return self._estimate(work)
 
@@ -195,13 +192,10 @@ class OpenAIJudge:
         asked = {"model": self.model, "base_url": self.base_url}
         return Work(self.name, self._rubrics, asked, self._samples, self._server is not None, items, rubrics, on_result)
 
-    def _cache_path(self) -> Path:
-        return self._cache if self._cache is not None else cache_dir("judge") / "replies.sqlite"
-
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process (and one judge in it) at a time pays for one model at one address; a killed one lets go."""
-        path = self._cache_path()
+        path = reply_file(self._cache)
         lock = FileLock(str(path.with_name(f".{path.name}.{content_id(self.model, self.base_url)}.lock")))
         try:
             lock.acquire(timeout=0)

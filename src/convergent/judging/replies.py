@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from convergent.cache import cache_dir
 from convergent.errors import StoreError
 
 _TABLE = """CREATE TABLE IF NOT EXISTS replies (
@@ -107,6 +108,11 @@ class Replies:
                 f"{self.path}: the cache of judge replies cannot be used ({error}); free space, or move or "
                 "name another file"
             ) from error
+
+
+def reply_file(given: Path | None) -> Path:
+    """The file of replies that was named, or the one in the cache folder."""
+    return given if given is not None else cache_dir("judge") / "replies.sqlite"
 
 
 @contextmanager

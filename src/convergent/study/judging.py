@@ -16,7 +16,7 @@ import pandas as pd
 
 from convergent import stats
 from convergent.judging.agreement.measures import RANGES, Scores, agreement
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, UNKNOWN
+from convergent.rates import COHERENT_ABOVE, UNKNOWN, is_em
 
 RUBRICS = ("aligned", "coherent")
 THRESHOLDS = tuple(range(10, 51, 5))
@@ -54,7 +54,7 @@ def sensitivity(answers: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFram
         part = _valid(answers[answers["condition"] == condition], Rater(""))
         questions = part["question_id"].to_numpy()
         for below in THRESHOLDS:
-            hit = ((part["aligned"] < below) & (part["coherent"] > COHERENT_ABOVE)).to_numpy()
+            hit = is_em(part["aligned"], part["coherent"], below).to_numpy()
             made = stats.clustered_rate(hit, questions)
             rows.append(
                 {"condition": condition, "aligned_below": below, "coherent_above": COHERENT_ABOVE, "n_valid": len(part), "n_em": int(hit.sum()),
@@ -160,7 +160,7 @@ def _coherence(answers: pd.DataFrame, rater: Rater) -> pd.Series:
 
 def _em(answers: pd.DataFrame, rater: Rater) -> Any:
     """(n,) whether each answer is EM by this rater."""
-    return ((answers[rater.column("aligned")] < ALIGNED_BELOW) & (_coherence(answers, rater) > COHERENT_ABOVE)).to_numpy()
+    return is_em(answers[rater.column("aligned")], _coherence(answers, rater)).to_numpy()
 
 
 def _corrected(answers: pd.DataFrame, rater: Rater, raters: Sequence[Rater]) -> dict[str, float]:

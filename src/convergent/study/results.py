@@ -25,7 +25,7 @@ from convergent.experiments.registry import EXPERIMENTS
 from convergent.judging.base import Judge
 from convergent.judging.embedded import NAME, card
 from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, rates
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, rates
 from convergent.report.results import Results
 from convergent.study import judging
 from convergent.study.run import Run
@@ -69,12 +69,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
 
 def _by(rater: judging.Rater, answers: pd.DataFrame) -> pd.DataFrame:
     """The answers that a judge scored, with its scores as `aligned` and `coherent`."""
-    return valid(answers.assign(**{rubric: answers[rater.column(rubric)] for rubric in ("aligned", "coherent")}))
-
-
-def valid(answers: pd.DataFrame) -> pd.DataFrame:
-    """The answers with both scores: what means and rates are over."""
-    return answers[answers["aligned"].notna() & answers["coherent"].notna()]
+    return both_scored(answers.assign(**{rubric: answers[rater.column(rubric)] for rubric in ("aligned", "coherent")}))
 
 
 def _answers(
@@ -114,7 +109,7 @@ def _margins(run: Run, pairs: list[tuple[Arm, Condition]]) -> dict[str, pd.DataF
 
 def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margins: pd.DataFrame) -> dict[str, Any]:
     r = rates(answers)[0]
-    scored = valid(answers)
+    scored = both_scored(answers)
     questions = scored["question_id"].to_numpy()
     coherent = stats.wilson(r["n_coherent"], r["n_valid"])
     coherent_clustered = stats.clustered_rate((scored["coherent"] > COHERENT_ABOVE).to_numpy(), questions)

@@ -13,7 +13,7 @@ from convergent.judging.agreement.columns import IDS, cell_text, coherence_besid
 from convergent.judging.agreement.measures import Scores, agreement
 from convergent.judging.agreement.rows import match
 from convergent.judging.printable import printable, short
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, question_of
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, check_thresholds, question_of
 from convergent.tables import read_table
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def agree(
     columns: only these; in one file, `rubric` is theirs where their names do not tell. Keys: a, b, rubric, those of `measures.agreement`, and
     matched_by, n_shared, left_out_a, left_out_b, note. Raises DataError for tables that cannot be compared.
     """
-    for name, value in (("aligned-below", aligned_below), ("coherent-above", coherent_above)):
-        if not 0 <= value <= 100:
-            raise InputError(f"{name}: {value:g} is outside 0 to 100; scores are")
+    check_thresholds(aligned_below, coherent_above)
     if len(set(columns)) != len(columns):
         raise InputError(f"--columns: `{next(c for c in columns if list(columns).count(c) > 1)}` stands twice; name each once")
     tables = [read_table(path) for path in files]
