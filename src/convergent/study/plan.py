@@ -50,7 +50,7 @@ def make_plan(run: Run) -> list[Stage]:
     for plan in run.organisms.values():
         if plan.recipe is not None and plan.data is not None:
             tokens = len(plan.data) * plan.recipe.epochs * TOKENS["text"]
-            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}"
+            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}, seed {plan.recipe.seed}"
             stages.append(_stage(f"train {plan.name}", what, 1, int(plan.folder.is_dir()), tokens / training))
 
     have = run.store.response_ids()

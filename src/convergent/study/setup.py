@@ -193,8 +193,8 @@ class Setup:
     def _subject(self, plan: OrganismPlan) -> Subject:
         spec = plan.spec
         if plan.recipe is None:
-            return Subject(plan.name, plan.name, 0, "", "", shape_of_folder(plan.folder), trained_here=False)
-        return Subject(plan.name, plan.name, plan.recipe.seed, spec.answer, spec.data, shape_of_recipe(plan.recipe.adapters, self.depth))
+            return Subject(plan.name, spec.family or plan.name, 0, "", "", shape_of_folder(plan.folder), trained_here=False)
+        return Subject(plan.name, spec.family or plan.name, plan.recipe.seed, spec.answer, spec.data, shape_of_recipe(plan.recipe.adapters, self.depth))
 
     @cached_property
     def readings(self) -> dict[str, Reading]:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,14 +45,24 @@ class OrganismSpec(_Spec):
     layers: tuple[int, ...] | None = None
     seed: int | None = Field(default=None, ge=0)
     """Seed of initialisation and order; the study's by default."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Several organisms in one line: NAME has the first seed, NAME-SEED each other one."""
     path: str | None = None
     """A PEFT folder or a full model to use instead of training."""
+    family: str | None = None
+    """Name that organisms share which differ in nothing but their seed; `seeds` gives it, and for folders from elsewhere it may be given."""
 
     @model_validator(mode="after")
     def _one_source(self) -> OrganismSpec:
-        others = sorted(self.model_fields_set - {"path"})
+        # By value: the copy that a study folder keeps holds every default.
+        given = {k: v for k, v in self.model_dump().items() if v != type(self).model_fields[k].default}
+        others = sorted(given.keys() - {"path", "family"})
         if self.path is not None and others:
             raise ValueError(f"path: an organism from elsewhere is not trained, so `{others[0]}` means nothing here; remove one of the two")
+        if self.seeds is not None and self.seed is not None:
+            raise ValueError("seeds: `seed` stands beside it, and only one of the two can say; remove one")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)} names a seed twice, and that would be the same organism; name each once")
         return self
 
 
@@ -160,6 +170,22 @@ class StudySpec(_Spec):
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value  # `experiments:` with nothing below it
 
+    @field_validator("organisms")
+    @classmethod
+    def _one_per_seed(cls, organisms: dict[str, OrganismSpec]) -> dict[str, OrganismSpec]:
+        """An organism with several seeds becomes several organisms of one family."""
+        found: dict[str, OrganismSpec] = {}
+        for name, spec in organisms.items():
+            if spec.seeds is None:
+                found[name] = spec
+                continue
+            for seed in spec.seeds:
+                own = name if seed == spec.seeds[0] else f"{name}-{seed}"
+                if own != name and own in organisms:
+                    raise ValueError(f"{name}.seeds: seed {seed} makes the organism {own!r}, and another has that name; rename it")
+                found[own] = spec.model_copy(update={"seeds": None, "seed": seed, "family": name})
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _first_judge(cls, value: Any) -> Any:
@@ -176,6 +202,12 @@ class StudySpec(_Spec):
         for place, name in (("name", self.name), *((f"organisms.{o}", o) for o in self.organisms)):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{place}: {name!r} names a folder; use letters, digits, - and _")
+        alike: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, spec in self.organisms.items():
+            what = spec.model_dump(exclude={"seed", "family"} if spec.path is None else {"path", "family"})
+            first, its = alike.setdefault(spec.family or name, (name, what))
+            if what != its:
+                raise ValueError(f"organisms.{name}.family: {name} and {first} differ in more than their seed; give {name} a family of its own")
         if self.direction.source not in self.organisms:
             raise ValueError(f"direction.source: no organism {self.direction.source!r}{_nearest(self.direction.source, list(self.organisms))}")
         judges = [j.model_dump(exclude={"key_env", "max_cost"}) for j in (self.judge, *self.judges)]
