@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from convergent import cli
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, Add
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments import ablate, steer, transfer
 from convergent.experiments.arms import coherence_matched, spread_layers
 from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.registry import EXPERIMENTS
 from convergent.experiments.scene import Scene, Subject
 from convergent.interventions.hooks import applied
 from convergent.models.load import load_base
@@ -141,3 +145,25 @@ def test_the_margins_of_the_matrix_are_those_of_the_conditions(swept: Path) -> N
     means = {round(float(np.mean(r["none"])), 5): round(float(np.mean(r["A"])), 5) for r in rows}
     assert means == {round(margin["A"], 5): round(margin["A/ablate-single"], 5), round(margin["B"], 5): round(margin["B/ablate-A"], 5)}
     assert not any(math.isnan(x) for x in means)
+
+
+def test_one_experiment_alone_and_the_rest_later(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, out = swept.parent / "study.yaml", tmp_path / "out"
+    shutil.copytree(swept, out)
+    assert cli.main(["run", str(study), "--out", str(out), "--only", "steer"]) == 0
+    assert {c["id"] for c in json.loads((out / "claims.json").read_text())} == {"misaligned/A", "induction", "suppression"}
+    assert cli.main(["run", str(study), "--out", str(out), "--only", "steering"]) == 2
+    assert capsys.readouterr().err.strip() == "convergent: --only steering: this study has no such experiment; it has plain, ablate, transfer, steer"
+    assert cli.main(["run", str(study), "--out", str(out), "--plan"]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_the_catalogue_names_every_experiment_and_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["experiments"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
+    for name, module in EXPERIMENTS.items():
+        assert cli.main(["experiments", name]) == 0
+        block = yaml.safe_load(capsys.readouterr().out.partition(f"\n{name}:")[2].join((f"{name}:", "")) or "{}")
+        module.settings.model_validate(block[name])
+    assert cli.main(["experiments", "stear"]) == 2
+    assert "no experiment 'stear'; known are plain" in capsys.readouterr().err

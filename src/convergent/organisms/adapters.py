@@ -50,12 +50,14 @@ class Adapter:
     @property
     def delta(self) -> Tensor:
         """(n_out, n_in) float32: what it adds to the weight."""
-        return self.scale * (self.b @ self.a)
+        made: Tensor = self.scale * (self.b @ self.a)
+        return made
 
     @property
     def vector(self) -> Tensor:
         """(n_out,) float32: the unit vector that a rank-1 adapter writes along."""
-        return self.b[:, 0] / self.b[:, 0].norm().clamp_min(1e-30)
+        unit: Tensor = self.b[:, 0] / self.b[:, 0].norm().clamp_min(1e-30)
+        return unit
 
     def low_rank(self, times: float = 1.0) -> LowRank:
         """As an intervention: 1 puts it into the chat model, -1 knocks it out of the organism."""

@@ -28,12 +28,15 @@ COPY = "study.json"
 """The study as it was run, with every default, so that the report can be written again from anywhere."""
 
 
-def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = ()) -> Path:
+def run_study(
+    path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = (), only: Sequence[str] = ()
+) -> Path:
     """Do what is not done of a study and write its report. Returns the study folder.
 
-    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them.
+    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do (`plain` always is);
+    the report then shows these, and another run without it goes on with the rest.
     """
-    spec = load_study(path)
+    spec = _only(load_study(path), only)
     unknown = [f for f in fresh if f not in STAGES]
     if unknown:
         raise StudyError(f"--fresh {unknown[0]}: no such stage; known are {', '.join(STAGES)}")
@@ -65,6 +68,15 @@ def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool =
             console.print(f"{claim['verdict']:>12}  {claim['claim']}")
         console.print(f"report  {page}")
     return folder
+
+
+def _only(spec: StudySpec, names: Sequence[str]) -> StudySpec:
+    missing = next((n for n in names if n not in spec.experiments), None)
+    if missing is not None:
+        raise StudyError(f"--only {missing}: this study has no such experiment; it has {', '.join(spec.experiments)}")
+    if not names:
+        return spec
+    return spec.model_copy(update={"experiments": {n: b for n, b in spec.experiments.items() if n == "plain" or n in names}})
 
 
 def rewrite_report(folder: str | Path) -> Path:
