@@ -52,11 +52,14 @@ def run(
     only: Annotated[
         Optional[list[str]], typer.Option(metavar="EXPERIMENT", help="Only this experiment of the study (may be repeated); the rest can follow later.")
     ] = None,
+    changes: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="PLACE=VALUE", help="Change a value of the file, such as base=FOLDER or organisms.*.examples=8.")
+    ] = None,
 ) -> None:
     """Plan and do a study; whatever is done already stays."""
     from convergent.study.main import run_study
 
-    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [])
+    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [])
 
 
 @app.command(epilog="Example: convergent experiments steer")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convergent.core.interventions import Ablate, Add, Intervention, Site
-from convergent.experiments.base import Build, Control, Evidence, Kit, Outcomes, evidence
+from convergent.experiments.base import Build, Control, Evidence, Kit, Outcomes, absent, evidence
 from convergent.experiments.scene import Scene
 from convergent.stats import paired_difference
 
@@ -75,6 +75,8 @@ def coherence_matched(outcomes: Outcomes, a: str, b: str, text: str, sign: int =
     Inside each question answers of the two are paired one to one, nearest in coherence first and at most `COHERENCE_BAND` apart; the rest is
     left out. So a fall of alignment that is only a fall of coherence does not count.
     """
+    if not outcomes.has(a, b):
+        return absent(text, "points of alignment")
     x, y = _matched(outcomes.answers(a), outcomes.answers(b))
     d = paired_difference(x["aligned"].to_numpy(), y["aligned"].to_numpy(), x["question_id"].to_numpy(), y["question_id"].to_numpy())
     return evidence(f"{text}, answers of like coherence only", d, "points of alignment", sign)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
-from convergent.study.plan import Stage, make_plan
+from convergent.study.plan import Stage, estimate_memory, make_plan
 from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
@@ -29,14 +30,14 @@ COPY = "study.json"
 
 
 def run_study(
-    path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = (), only: Sequence[str] = ()
+    path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = (), only: Sequence[str] = (), changes: Sequence[str] = ()
 ) -> Path:
     """Do what is not done of a study and write its report. Returns the study folder.
 
     `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do (`plain` always is);
-    the report then shows these, and another run without it goes on with the rest.
+    the report then shows these, and another run without it goes on with the rest. `changes`: see `load_study`.
     """
-    spec = _only(load_study(path), only)
+    spec = _only(load_study(path, changes), only)
     unknown = [f for f in fresh if f not in STAGES]
     if unknown:
         raise StudyError(f"--fresh {unknown[0]}: no such stage; known are {', '.join(STAGES)}")
@@ -131,6 +132,16 @@ def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
         when = f"done ({stage.total})" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
         console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
     left = sum(s.seconds for s in stages)
+    m, memory = spec.machine, estimate_memory(run)
+    if m is not None and memory is not None:
+        console.print(
+            f"  memory about {memory.peak:.0f} GB at once: {memory.weights:.0f} of weights, and {memory.cache:.0f} of cache for {spec.sampling.rows} rows "
+            f"while sampling or {memory.training:.0f} while training"
+            + (f"; more than the machine's {m.memory_gb:g}: lower sampling.rows or the recipe's batch_size" if memory.peak > (m.memory_gb or math.inf) else "")
+        )
+        if run.planned and left:
+            paid = f", {left / 3600 * m.price_per_hour:.0f} in machine hours" if m.price_per_hour else ""
+            console.print(f"  {spec.base} is not on this machine: counts are exact, times for {m.tflops:g} TFLOP/s{paid}")
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
     weak = stats.underpowered(len(run.questions), spec.questions.samples, WORTH_SEEING, unit="points of alignment")
     if weak and left:
@@ -143,4 +154,4 @@ def _judges(run: Run) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -414,7 +414,10 @@ class Run(Setup):
         if kind == "orthogonal":
             return with_direction(intervention, orthogonal_to(d, seed))
         if kind == "other_concept":
-            return with_direction(intervention, other_concept(d, self.concept))
+            try:
+                return with_direction(intervention, other_concept(d, self.concept))
+            except DirectionError as error:  # parallel to the direction, or nothing was shifted
+                raise NotHereError(str(error)) from error
         key = content_id("effect", self.weights_id(organism), intervention, seed, self.effect_texts)
 
         def match() -> dict[str, float]:

@@ -6,9 +6,10 @@ then from where the command runs.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -142,6 +143,22 @@ class MarginSpec(_Spec):
     """Held-out pairs per source."""
 
 
+class MachineSpec(_Spec):
+    """For planning a study whose base or data are not on this machine: the base's size, and the machine that will run it."""
+
+    parameters: float = Field(gt=0)
+    """Of the base."""
+    layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    kv_dim: int = Field(ge=1)
+    """Key-value heads times head size: what the cache holds per token, layer, and of keys and values each."""
+    tflops: float = Field(gt=0)
+    """What the machine reaches in matrix products at the study's dtype, 10^12 operations a second; a third of the data sheet is usual."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """In the currency of the judge's prices."""
+
+
 class StudySpec(_Spec):
     """A whole study."""
 
@@ -164,6 +181,8 @@ class StudySpec(_Spec):
     margin: MarginSpec = MarginSpec()
     experiments: dict[str, Any] = Field(default_factory=dict)
     """Experiment name -> its settings."""
+    machine: MachineSpec | None = None
+    """Only read by `--plan`, and only where the base is not on this machine."""
 
     @field_validator("experiments", mode="before")
     @classmethod
@@ -217,8 +236,8 @@ class StudySpec(_Spec):
         return self
 
 
-def load_study(path: str | Path) -> StudySpec:
-    """Read a study file. Raises StudyError: place, finding, mend."""
+def load_study(path: str | Path, changes: Sequence[str] = ()) -> StudySpec:
+    """Read a study file, with some values changed (`questions.samples=2`, `organisms.*.examples=8`). Raises StudyError: place, finding, mend."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -240,7 +259,29 @@ def load_study(path: str | Path) -> StudySpec:
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {type(data).__name__}"
         raise StudyError(f"{path}: a study is a mapping with name, organisms and direction, and this is {found}")
+    for change in changes:
+        _set(data, change)
     return study_from(_located(data, path.parent), path)
+
+
+def _set(data: dict[Any, Any], change: str) -> None:
+    """Change one value in place; `*` stands for every key."""
+    place, equals, text = change.partition("=")
+    if not equals or not place:
+        raise StudyError(f"--set {change}: give PLACE=VALUE, such as questions.samples=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise StudyError(f"--set {change}: the value is not YAML; put it in quotes") from None
+    *parents, last = place.split(".")
+    blocks: list[Any] = [data]
+    for part in parents:
+        blocks = [v for b in blocks for v in ([b[k] for k in list(b)] if part == "*" else [b.setdefault(part, {})]) if isinstance(b, dict)]
+    if not blocks or not all(isinstance(b, dict) for b in blocks):
+        raise StudyError(f"--set {place}: leads into a value that is no block; see the study file for what is there")
+    for block in blocks:
+        for key in list(block) if last == "*" else [last]:
+            block[key] = copy.deepcopy(value)
 
 
 def study_from(data: Mapping[str, Any], path: Path) -> StudySpec:
