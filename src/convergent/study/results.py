@@ -49,7 +49,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     judges = [r for r in raters if r.name != judging.TRUSTED]
     rows = pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs])
     outcomes = {r.name: Outcomes({n: _by(r, frame) for n, frame in answers.items()}, margins, readings, rows) for r in judges}
-    claims = {name: [_as_dict(c) for c in _claims(run, seen)] for name, seen in outcomes.items()}
+    claims = {name: _claims(run, seen) for name, seen in outcomes.items()}
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
@@ -235,11 +235,12 @@ def _organisms(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _claims(run: Run, outcomes: Outcomes) -> list[Claim]:
-    found: list[Claim] = []
-    for name, block in run.spec.experiments.items():
-        found += EXPERIMENTS[name].claims(block, outcomes, run.scene)
-    return found
+def _claims(run: Run, outcomes: Outcomes) -> list[dict[str, Any]]:
+    return [
+        {"experiment": name, **_as_dict(claim)}
+        for name, block in run.spec.experiments.items()
+        for claim in EXPERIMENTS[name].claims(block, outcomes, run.scene)
+    ]
 
 
 def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
