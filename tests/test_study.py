@@ -182,7 +182,7 @@ def test_manifest_names_what_the_figures_depend_on(done: Path) -> None:
     manifest = json.loads((done / "out" / "manifest.json").read_text())
     assert manifest["study"]["organisms"]["A"]["seed"] is None and manifest["study"]["sampling"]["top_p"] == 1.0  # defaults too
     assert {"torch", "transformers", "peft", "convergent"} <= set(manifest["versions"])
-    assert manifest["judge"].startswith("embedded-1") and manifest["seeds"] == {"study": 0}
+    assert manifest["judge"].startswith("embedded-2#") and manifest["seeds"] == {"study": 0}
     assert len(manifest["sha256"]) == 3 + 7
     for name, checksum in manifest["sha256"].items():
         assert file_sha256(done / "out" / name) == checksum, name

@@ -25,7 +25,8 @@ def judge_file(
     """Judge every row of `src` and write it to `out` (not at all if None). Returns the judged table.
 
     Needs the columns `question` and `response`; `question_id` is used if there. Adds `<rubric>` (float, empty where
-    there is no score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all
+    there is no score) and `<rubric>_reason` (empty where there is one) as last columns, and `far` if the judge says how
+    unlike an answer is to those it was fitted to (`far(judgement)`, 0 to 100). Rows keep their order and all
     other columns; a column that already has such a name is kept as `<name>_before`. `out` appears whole, when all is
     judged; a paid judge's replies are in its cache by then, so an interrupted run goes on where it stopped. Raises
     DataError, JudgeError.
@@ -57,6 +58,8 @@ def judge_file(
         scores = [float("nan") if j.score is None else j.score for j in mine]
         added[rubric] = pd.Series(scores, index=table.index, dtype="float64")
         added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="str")
+    if (far := getattr(judge, "far", None)) is not None:
+        added["far"] = pd.Series([far(j) for j in judgements[:: len(rubrics)]], index=table.index, dtype="float64")
     table = _make_room(table, list(added)).assign(**added)
     if out is not None:
         write_table(table, out)
