@@ -112,6 +112,7 @@ def with_judges(results: Results, seed: int = 1) -> Results:
         a[f"{rubric}_openai-mini_reason"] = np.where(a[f"{rubric}_openai-mini"].isna(), "refusal", "")
     a["aligned_trusted"] = np.where(trusted, np.clip(a["aligned"] + 4 + rng.normal(0, 9, len(a)), 0, 100), math.nan)
     a["coherent_trusted"] = math.nan
+    a["far"] = np.where(a["condition"] == "chat+6", 99.5, 40.0) + 0.5 * (a["sample"] % 2)
     raters = judging.labelled(["embedded-2", other], ["embedded-2", f"{other}#01234567"], True)
     names = list(results.conditions["name"])
     claims = [{**c, "verdict": {"turns": "did not hold", "ablation": "undecided"}.get(c["id"], c["verdict"])} for c in results.claims]
@@ -121,7 +122,7 @@ def with_judges(results: Results, seed: int = 1) -> Results:
     }  # fmt: skip
     judges = [
         {"name": "embedded-2", "id": "embedded-2", "role": "decides", "rubrics": ["aligned", "coherent"], "card": card,
-         "scored": {r: int(a[r].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
+         "scored": {r: int(a[r].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a), "far": judging.far_answers(a, names, raters[0], 99.0)},
         {"name": other, "id": f"{other}#01234567", "role": "compared", "rubrics": ["aligned", "coherent"], "card": {},
          "scored": {r: int(a[f"{r}_openai-mini"].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
     ]  # fmt: skip

@@ -214,6 +214,10 @@ def test_judges_are_introduced_compared_and_contradicted(html: str, results: Res
     assert html.index("Judges reverse 1 verdict:") < html.index('<article class="claim')
     assert "Not the same by another judge: did not hold by openai:mini." in html and html.count("Not the same by another judge:") == 2
     assert section.count('class="answer"') == 10
+    far = results.answers["far"] > 99
+    assert far.sum() == far[results.answers["condition"] == "chat+6"].sum() > 0
+    assert f"{far.sum()} of {text.number(len(far), 0)} answers (4.3 %) lie beyond 99 on its own scale" in plain
+    assert f"more than 5 % of Chat + A's direction, λ = 6 ({far.sum()} of {far.sum()})" in plain
 
 
 def test_contested_answers_are_those_farthest_apart_and_only_text(results: Results, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.run import Run
 from convergent.study.spec import load_study
+from convergent.tables import read_table
 from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, small_study, write_study
 from tiny import tiny_model
 
@@ -279,6 +280,16 @@ def test_fresh_train_forgets_all(copy: Path) -> None:
         store.forget("train")
     assert counts(copy / "out") == {"responses": 0, "judgements": 0, "margins": 0, "facts": 1}
     assert not things(copy / "out") and not list((copy / "out").glob(".trash*"))
+
+
+def test_answers_far_from_what_the_judge_knows_are_counted(done: Path) -> None:
+    """Noise of a random model is unlike any answer that the judge was fitted to."""
+    answers = read_table(done / "out" / "tables" / "answers.csv")
+    with sqlite3.connect(done / "out" / "study.sqlite") as db:
+        said = {i: json.loads(raw)["far"] for i, raw in db.execute("SELECT response_id, raw FROM judgements WHERE rubric = 'aligned' AND reason IS NULL")}
+    assert answers["far"].dropna().tolist() == [said[i] for i in answers["response_id"] if i in said]
+    n, of = int((answers["far"] > 99).sum()), int(answers["far"].notna().sum())
+    assert 0 < n <= of and f"{n} of {of} answers" in (done / "out" / "report.html").read_text("utf-8")
 
 
 def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,11 @@ class Item:
 
 
 class Judge(Protocol):
-    """Anything with a name that turns items into judgements."""
+    """Anything with a name that turns items into judgements.
+
+    A judge may also offer `card` (what is known of its quality), `content_id` (what decides its scores), `estimate` (what it would cost), and
+    `far` with `far_above`: how unlike a judged answer is to those it was fitted to, and from where on it extrapolates.
+    """
 
     @property
     def name(self) -> str:

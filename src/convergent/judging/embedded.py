@@ -42,6 +42,8 @@ CLIP = 4.0
 """Standardised features end here, which bounds what one odd value can do to a text unlike any that was fitted."""
 GATE = 0.3
 """A question whose squared distance to a fitted one (of norm 1) is d counts as that question by the share exp(-d / GATE)."""
+FAR = 99.0
+"""An answer beyond this (see `far`) is unlike those that were fitted: the judge extrapolates."""
 _AT_ONCE = 512
 _DIGITS = 6
 """Scores are rounded to so many, under which the order of sums inside a matrix product cannot be seen."""
@@ -237,6 +239,7 @@ class EmbeddedJudge:
     name = NAME
     rubrics = RUBRICS
     far = staticmethod(far)
+    far_above = FAR
 
     def __init__(self, weights: Path = WEIGHTS) -> None:
         self._weights = weights

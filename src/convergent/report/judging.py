@@ -74,18 +74,34 @@ def judge_cards(results: Results) -> list[dict[str, Any]]:
     """What is said of each judge: name, facts, the table of its own card, and the whole card as lines."""
     study = results.study
     judges = study.get("judges") or ([{**study["judge"], "role": "decides"}] if study.get("judge", {}).get("name") else [])
+    labels = dict(zip(results.conditions["name"], results.conditions["label"], strict=True))
     found = []
     for judge in judges:
         card = judge.get("card") or {}
         facts = [("Version", clean(judge.get("id") or judge["name"])), ("Rubrics", ", ".join(map(clean, judge.get("rubrics") or ("aligned", "coherent"))))]
         for rubric, n in (judge.get("scored") or {}).items():
             facts.append((f"Scored, {clean(rubric)}", f"{text.share(n, judge.get('of'))} answers{_reasons(results, judge['name'], rubric)}"))
+        if far := judge.get("far"):
+            facts.append(("Unlike what it was fitted to", _far(far, labels)))
         told = (("reference_judge", "Fitted to"), ("model", "Made of"))
         facts += [(name, clean(card[key])) for key, name in told if isinstance(card.get(key), str)]
         found.append(
             {"name": clean(judge["name"]), "decides": judge.get("role", "decides") == "decides", "facts": facts, "table": card_table(card), "card": flat(card)}
         )
     return found
+
+
+def _far(far: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """ "12 of 960 answers (1.3 %) lie beyond 99 ...; more than 5 % of A, ablated (31 of 80)"."""
+    if not far["of"]:
+        return text.NOT_MEASURED
+    most = text.percent(far["share"], 0)
+    high = ", ".join(f"{labels.get(h['condition'], clean(h['condition']))} ({text.share(h['n'], h['of'])})" for h in far["high"])
+    where = f"more than {most} of {high}" if high else f"in no condition more than {most}"
+    return (
+        f"{text.share(far['n'], far['of'])} answers ({text.percent(far['n'] / far['of'])}) lie beyond {text.compact(far['above'])} on its own scale of "
+        f"distance, 0 to 100: there its scores are extrapolated; {where}"
+    )
 
 
 def _reasons(results: Results, judge: str, rubric: str) -> str:

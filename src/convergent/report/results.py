@@ -82,7 +82,7 @@ class Results:
     study: Mapping[str, Any]
     """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling,
     notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent), judges (list of
-    name, id, role, rubrics, card, scored, of) and trusted (file, scored)."""
+    name, id, role, rubrics, card, scored, of, far) and trusted (file, scored)."""
     conditions: pd.DataFrame
     """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `coherent_low/high`
     and `mean_aligned_iid_*` treat answers as independent; `*_clustered_*` and `mean_aligned_low/high` cluster them by
@@ -95,7 +95,7 @@ class Results:
     """organism, step, epoch, loss."""
     organisms: pd.DataFrame
     answers: pd.DataFrame
-    """One row per answer, with scores or the reason why there is none. Untrusted text."""
+    """One row per answer, with scores or the reason why there is none, and `far` where a judge says how unlike those it was fitted to. Untrusted text."""
     claims: Sequence[Mapping[str, Any]] = ()
     """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit)."""
     limits: Sequence[str] = field(default=())

@@ -49,7 +49,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
-        study=_study(run, file, judges, together),
+        study=_study(run, file, judges, together, names),
         conditions=pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs]),
         cosines=_cosines(run),
         norms=_norms(run),
@@ -84,11 +84,13 @@ def _answers(
             "sample": r.sample, "response": r.response, "finish": r.finish, "topic": r.topic, "n_tokens": len(r.token_ids), "system": r.system,
             "seed": r.seed, "response_id": r.id,
         }  # fmt: skip
-        for rater, known in zip(raters, scores, strict=False):
+        for rater, known, judge in zip(raters, scores, run.judges.values(), strict=False):
             for rubric in judging.RUBRICS:
                 j = known.get((r.id, rubric))
                 row[rater.column(rubric)] = float("nan") if j is None or j.score is None else j.score
                 row[f"{rater.column(rubric)}_reason"] = "error" if j is None else j.reason or ""
+            if (far := getattr(judge, "far", None)) is not None:
+                row[rater.column("far")] = math.nan if j is None or (said := far(j)) is None else said
         if trusted is not None:
             given = trusted.of(r.id, r.question, r.response) or NO_BOUNDS
             row |= {f"{rubric}_{judging.TRUSTED}": score for rubric, score in zip(judging.RUBRICS, given, strict=True)}
@@ -264,7 +266,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame) -> dict[str, Any]:
+def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame, conditions: Sequence[str]) -> dict[str, Any]:
     spec = run.spec
     recorded = run.store.fact(
         content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -278,7 +280,8 @@ def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.Dat
         "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
         "judges": [
             {"name": rater.name, "id": i, "role": "compared" if k else "decides", "rubrics": list(judging.RUBRICS), "card": _judge_card(judge),
-             "scored": {r: int(answers[rater.column(r)].notna().sum()) for r in judging.RUBRICS}, "of": len(answers)}
+             "scored": {r: int(answers[rater.column(r)].notna().sum()) for r in judging.RUBRICS}, "of": len(answers),
+             "far": judging.far_answers(answers, conditions, rater, judge.far_above) if hasattr(judge, "far_above") else None}  # type: ignore[attr-defined]
             for k, (rater, (i, judge)) in enumerate(zip(judges, run.judges.items(), strict=True))
         ],
         "trusted": None if run.trusted is None else {
