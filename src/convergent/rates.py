@@ -52,19 +52,11 @@ def rates(
     denominator is zero, for `clustered` below two questions, and for `bounds` where 2 % or less are missing. Raises
     DataError for missing columns, InputError for thresholds outside 0..100.
     """
-    from convergent.tables import need_columns
-
     place = file or "table"
     df = _scored(df, aligned_below, coherent_above, place)
     if by is None:
         return [_count(df, aligned_below, coherent_above, file, grid)]
-    if by == "question":
-        key, groups = "question_id", question_of(df)
-        if groups is None:
-            raise DataError(f"{place}: no column `question_id` or `question` to group by; add one")
-    else:
-        need_columns(df, (by,), place)
-        key, groups = by, df[by].astype("str").tolist()
+    key, groups = groups_of(df, by, place)
     parts = dict.fromkeys(groups)
     return [_count(df[[g == part for g in groups]], aligned_below, coherent_above, file, grid) | {key: part} for part in parts]
 
@@ -185,6 +177,19 @@ def question_of(df: pd.DataFrame) -> list[str] | None:
     if not columns:
         return None
     return [next((cell for cell in cells if cell), "") for cells in zip(*columns, strict=True)]
+
+
+def groups_of(df: pd.DataFrame, by: str, place: str) -> tuple[str, list[str]]:
+    """Name of a grouping and each row's group: `by` is "question" (then the name is `question_id`) or a column. Raises DataError."""
+    from convergent.tables import need_columns
+
+    if by == "question":
+        groups = question_of(df)
+        if groups is None:
+            raise DataError(f"{place}: no column `question_id` or `question` to group by; add one")
+        return "question_id", groups
+    need_columns(df, (by,), place)
+    return by, df[by].astype("str").tolist()
 
 
 def missing_reasons(df: pd.DataFrame) -> dict[str, int]:
