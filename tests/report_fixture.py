@@ -337,6 +337,7 @@ def _claims(evil: str) -> list[dict[str, Any]]:
             "source": "section 2",
             "verdict": "held",
             "rule": "The 95 % question-clustered interval of the difference lies below zero for A, B and C.",
+            "p": 0.0004, "p_holm": 0.0008, "after_holm": "held",
             "evidence": [
                 {
                     "text": "A minus chat model, mean alignment",
@@ -362,6 +363,7 @@ def _claims(evil: str) -> list[dict[str, Any]]:
             "source": "section 3.2, table 1",
             "verdict": "held",
             "rule": "The difference to each of the four controls excludes zero.",
+            "p": 0.019, "p_holm": 0.038, "after_holm": "undecided",
             "evidence": [
                 {
                     "text": "A ablated minus A, mean alignment",
@@ -378,6 +380,10 @@ def _claims(evil: str) -> list[dict[str, Any]]:
                     "high": 22.7,
                     "n": 256,
                     "unit": "points",
+                },
+                {
+                    "text": "mean coherence, A ablated minus A", "estimate": -1.2, "low": -3.4, "high": 1.0, "n": 256, "unit": "points",
+                    "supports": "held", "p": 0.004, "margin": 5.0, "decides": False,
                 },
             ],
         },

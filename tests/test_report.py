@@ -189,6 +189,16 @@ def test_steering_starts_at_the_chat_model_and_joins_what_differs_in_lambda_alon
     assert {r[1] for r in rows} == {"Under test", "Control"}
 
 
+def test_claims_show_p_by_holm_and_what_has_not_changed(html: str) -> None:
+    section = html[html.index('id="verdicts"') : html.index('id="conditions"')]
+    first, second, *rest = (" ".join("".join(Page(part).texts).split()) for part in section.split('<article class="claim')[1:])
+    assert "p: below 0.001, by Holm over 2 claims below 0.001: the verdict stays." in first and "no change" not in first.lower()
+    assert "p: 0.019, by Holm over 2 claims 0.038: it would be undecided." in second
+    assert "90 %: −3.4 to 1.0 no change, within ±5" in second and second.count("95 %:") == 2  # the one under test is none of the two shown first
+    assert not any("p:" in part.replace("With 2 claims tried", "") for part in rest[:-1])
+    assert "With 2 claims tried one may hold by chance" in rest[-1]
+
+
 def test_grid_of_thresholds_counts_as_the_table_does(results: Results, drawn: list[Figure]) -> None:
     grid = drawn[6]
     assert grid.id == "fig-sensitivity" and grid.header == ("Condition", "n", *(f"below {x}" for x in range(10, 51, 5)))

@@ -23,6 +23,8 @@ class SteerBlock(Block):
     """Where the nulls are added and the claim is decided; the middle scale by default."""
     controls: tuple[Control, ...] = CONTROLS
     organism: str = "chat"
+    coherence_margin: float = Field(default=5.0, gt=0)
+    """Points of mean coherence that would be no change."""
 
     @model_validator(mode="after")
     def _some_dose(self) -> SteerBlock:
@@ -100,13 +102,15 @@ def claims(block: SteerBlock, outcomes: Outcomes, source: str) -> list[Claim]:
             outcomes.alignment(real, null, f"mean alignment, steered minus {CONTROL_LABELS[kind]} (below 0 claimed)", sign=-1),
             outcomes.margin(real, null, f"margin, steered minus {CONTROL_LABELS[kind]} (above 0 claimed)"),
         ]
+    margin = block.coherence_margin
+    comparisons.append(outcomes.unchanged(real, base, f"mean coherence, steered minus {who} (no change: within {margin:g})", margin, decides=False))
     return [
         Claim(
             "induction",
             f"Adding {block.at:g} times the direction of {source} to {'the chat model' if base == 'chat' else base} lowers its alignment, "
             "more than any null does",
             "paper section 3.1",
-            "every listed difference has its 95 % interval on the claimed side of 0",
+            "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
             comparisons,
         )
     ]

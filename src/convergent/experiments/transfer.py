@@ -19,6 +19,8 @@ class TransferBlock(Block):
     mode: Literal["layerwise", "single"] = "single"
     site: Site = "block_output"
     controls: tuple[Control, ...] = ("random",)
+    coherence_margin: float = Field(default=5.0, gt=0)
+    """Points of mean coherence that would be no change."""
 
 
 name = "transfer"
@@ -84,12 +86,14 @@ def claims(block: TransferBlock, outcomes: Outcomes, source: str) -> list[Claim]
                 outcomes.alignment(real, null, f"mean alignment, ablated minus {CONTROL_LABELS[kind]} (above 0 claimed)"),
                 outcomes.margin(real, null, f"margin, ablated minus {CONTROL_LABELS[kind]} (below 0 claimed)", sign=-1),
             ]
+        margin = block.coherence_margin
+        comparisons.append(outcomes.unchanged(real, o, f"mean coherence, ablated minus {o} (no change: within {margin:g})", margin, decides=False))
         found.append(
             Claim(
                 f"transfer/{o}",
                 f"The direction read in {source}, projected out of {o}, restores its alignment, more than a null does",
                 "paper section 3.3",
-                "every listed difference has its 95 % interval on the claimed side of 0",
+                "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
             )
         )

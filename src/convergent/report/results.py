@@ -97,7 +97,8 @@ class Results:
     answers: pd.DataFrame
     """One row per answer, with scores or the reason why there is none, and `far` where a judge says how unlike those it was fitted to. Untrusted text."""
     claims: Sequence[Mapping[str, Any]] = ()
-    """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit)."""
+    """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit, supports; optional p, margin, decides); optional p,
+    p_holm, after_holm (the verdict that Holm would leave)."""
     limits: Sequence[str] = field(default=())
     sensitivity: pd.DataFrame = field(default_factory=_nothing)
     """EM of a condition for one threshold of `aligned`: condition, aligned_below, coherent_above, n_valid, n_em, em, em_low, em_high (over questions)."""

@@ -45,7 +45,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     answers = {a.name: _answers(run, a, c, raters, scores, trusted) for a, c in pairs}
     margins = _margins(run, pairs)
     judges = [r for r in raters if r.name != judging.TRUSTED]
-    claims = {r.name: [_as_dict(c) for c in _claims(run, Outcomes({name: _by(r, frame) for name, frame in answers.items()}, margins))] for r in judges}
+    claims = {r.name: with_holm(_claims(run, Outcomes({name: _by(r, frame) for name, frame in answers.items()}, margins))) for r in judges}
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
@@ -235,11 +235,24 @@ def _claims(run: Run, outcomes: Outcomes) -> list[Claim]:
     return found
 
 
-def _as_dict(claim: Claim) -> dict[str, Any]:
-    return {
-        "id": claim.id, "claim": claim.claim, "source": claim.source, "verdict": claim.verdict, "rule": claim.rule,
-        "evidence": [{**e.__dict__} for e in claim.evidence],
-    }  # fmt: skip
+def with_holm(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Claims as plain data, nan as None, with p adjusted for their number and the verdict that would be left.
+
+    Holm is about claims that held: one that would not at its adjusted p becomes undecided. Others stay, and so does a claim without p.
+    """
+    adjusted = stats.holm({str(i): c.p for i, c in enumerate(claims)})
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [
+        {
+            "id": c.id, "claim": c.claim, "source": c.source, "verdict": c.verdict, "rule": c.rule, "p": plain(c.p), "p_holm": plain(p),
+            "after_holm": "undecided" if c.verdict == "held" and p >= stats.ONE_SIDED else c.verdict,
+            "evidence": [{k: plain(v) for k, v in e.__dict__.items()} for e in c.evidence],
+        }
+        for c, p in zip(claims, adjusted.values(), strict=True)
+    ]  # fmt: skip
 
 
 def _shown(source: str) -> str:
