@@ -128,7 +128,8 @@ def with_judges(results: Results, seed: int = 1) -> Results:
     ]  # fmt: skip
     return dataclasses.replace(
         results, answers=a, study={**results.study, "judges": judges, "trusted": {"file": "anna.csv", "sha256": "0" * 64, "scored": int(trusted.sum())}},
-        sensitivity=judging.sensitivity(a, names), missing_scores=judging.missing_scores(a, names, raters), by_judge=judging.by_judge(a, names, raters),
+        sensitivity=judging.sensitivity(a, names), missing_scores=judging.missing_scores(a, names, raters),
+        missing_bounds=judging.missing_bounds(a, names, raters), by_judge=judging.by_judge(a, names, raters),
         agreement=judging.agreements(a, raters), contested=judging.contested(a, raters),
         reversals=judging.reversals({"embedded-2": results.claims, other: claims}),
     )  # fmt: skip

@@ -56,7 +56,7 @@ def test_the_same_answer_twice_is_matched_in_order() -> None:
 def test_bad_joins_name_the_place() -> None:
     cheap, truth = judged(20)
     twice = pd.concat([truth, truth.iloc[[3]]])
-    with pytest.raises(DataError, match="t.csv: `id` 'r3' occurs twice, in rows 4 and 21"):
+    with pytest.raises(DataError, match="t.csv: `id` 'r3' stands more than once, first in rows 4 and 21"):
         join_trusted(cheap, twice, "c.csv", "t.csv")
     with pytest.raises(DataError, match="c.csv: row 2 has no `id`"):
         join_trusted(cheap.assign(id=["r0", "", *cheap["id"][2:]]), truth, "c.csv", "t.csv")
@@ -162,7 +162,7 @@ def test_bad_input_on_the_command_line_is_one_line(tmp_path: Path, capsys: pytes
     write_table(truth.drop(columns="id"), tmp_path / "other.csv")
     for argv, what in (
         (("correct", "cheap.csv", "--trusted", "none.csv"), "no such file"),
-        (("correct", "cheap.csv", "--trusted", "twice.csv"), "occurs twice"),
+        (("correct", "cheap.csv", "--trusted", "twice.csv"), "stands more than once"),
         (("correct", "cheap.csv", "--trusted", "one.csv"), "at least 2"),
         (("correct", "cheap.csv", "--trusted", "other.csv", "--target", "all"), "target"),
         (("correct", "cheap.csv"), "--trusted"),

@@ -49,7 +49,7 @@ def join_trusted(cheap: pd.DataFrame, trusted: pd.DataFrame, cheap_place: str = 
     The same answer given twice is matched in order. Raises DataError for ids that are empty or occur twice, for tables without anything to join
     on, for a trusted table without scores, and if no row matches.
     """
-    from convergent.tables import score_column
+    from convergent.tables import score_column, unique_ids
 
     rubrics = [name for name in ("aligned", "coherent") if name in trusted.columns]
     if not rubrics:
@@ -58,7 +58,7 @@ def join_trusted(cheap: pd.DataFrame, trusted: pd.DataFrame, cheap_place: str = 
     keys: Sequence[Any]
     wanted: Sequence[Any]
     if name is not None:
-        keys, wanted = _ids(cheap, name, cheap_place), _ids(trusted, name, trusted_place)
+        keys, wanted = unique_ids(cheap, name, cheap_place), unique_ids(trusted, name, trusted_place)
         shown = f"`{name}`"
     else:
         keys, wanted = _texts(cheap, cheap_place), _texts(trusted, trusted_place)
@@ -218,29 +218,14 @@ def _chances(trusted: pd.DataFrame, place: str) -> list[float]:
     return found
 
 
-def _ids(df: pd.DataFrame, name: str, place: str) -> list[str]:
-    from convergent.rates import _cell
-
-    seen: dict[str, int] = {}
-    ids = [_cell(v) for v in df[name].tolist()]
-    for row, cell in enumerate(ids, start=1):
-        if not cell:
-            raise DataError(f"{place}: row {row} has no `{name}`; give every row one, or drop the column to join on question and response")
-        if cell in seen:
-            raise DataError(f"{place}: `{name}` {cell!r} occurs twice, in rows {seen[cell]} and {row}; an id names one answer")
-        seen[cell] = row
-    return ids
-
-
 def _texts(df: pd.DataFrame, place: str) -> list[tuple[str, str]]:
-    from convergent.rates import _cell
-    from convergent.tables import need_columns
+    from convergent.tables import need_columns, text_of
 
     need_columns(df, ("response",), place)
     name = next((n for n in ("question", "question_id") if n in df.columns), None)
     if name is None:
         raise DataError(f"{place}: no column `id`, `question` or `question_id` to join on; add one")
-    return [(_cell(q), _cell(r)) for q, r in zip(df[name].tolist(), df["response"].tolist(), strict=True)]
+    return [(text_of(q).strip(), text_of(r).strip()) for q, r in zip(df[name].tolist(), df["response"].tolist(), strict=True)]
 
 
 def _group(name: str, group: str, made: dict[str, Corrected] | str) -> dict[str, Any]:

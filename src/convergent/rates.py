@@ -173,7 +173,9 @@ def _scored(df: pd.DataFrame, aligned_below: float, coherent_above: float, place
 
 def question_of(df: pd.DataFrame) -> list[str] | None:
     """Per row what names its question: `question_id`, else the question's text; None if neither column is there."""
-    columns = [[_cell(c) for c in df[name].tolist()] for name in ("question_id", "question") if name in df.columns]
+    from convergent.tables import text_of
+
+    columns = [[text_of(c).strip() for c in df[name].tolist()] for name in ("question_id", "question") if name in df.columns]
     if not columns:
         return None
     return [next((cell for cell in cells if cell), "") for cells in zip(*columns, strict=True)]
@@ -197,19 +199,14 @@ def missing_reasons(df: pd.DataFrame) -> dict[str, int]:
 
     A row without a reason is "empty" if its response is, else "unknown".
     """
+    from convergent.tables import text_of
+
     reasons: Counter[str] = Counter()
     for row in df[df["aligned"].isna() | df["coherent"].isna()].to_dict("records"):
-        given = [_cell(row.get(f"{rubric}_reason")) for rubric in ("aligned", "coherent") if math.isnan(row[rubric])]
-        empty = "response" in row and not _cell(row["response"])
+        given = [text_of(row.get(f"{rubric}_reason")).strip() for rubric in ("aligned", "coherent") if math.isnan(row[rubric])]
+        empty = "response" in row and not text_of(row["response"]).strip()
         reasons[next(filter(None, given), "empty" if empty else UNKNOWN)] += 1
     return dict(sorted(reasons.items()))
-
-
-def _cell(value: Any) -> str:
-    """Text of a cell, stripped; "" for nan, None and pandas.NA."""
-    if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(value).strip()
 
 
 def _count(df: pd.DataFrame, aligned_below: float, coherent_above: float, file: str, grid: bool) -> dict[str, Any]:

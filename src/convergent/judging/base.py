@@ -28,8 +28,9 @@ class Item:
 class Judge(Protocol):
     """Anything with a name that turns items into judgements.
 
-    A judge may also offer `card` (what is known of its quality), `content_id` (what decides its scores), `estimate` (what it would cost), and
-    `far` with `far_above`: how unlike a judged answer is to those it was fitted to, and from where on it extrapolates.
+    A judge may also offer `card` (what is known of its quality), `content_id` (what decides its scores), `estimate` (what it
+    would cost), `check_key` (whether the key that it needs is there), and `far` with `far_above`: how unlike a judged answer
+    is to those it was fitted to, and from where on it extrapolates.
     """
 
     @property

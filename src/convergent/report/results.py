@@ -36,6 +36,7 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
     ),
     "sensitivity": ("condition",),
     "missing_scores": ("condition", "judge", "rubric", "reason"),
+    "missing_bounds": ("condition", "judge", "method"),
     "by_judge": ("condition", "judge"),
     "agreement": ("a", "b", "rubric", "hit"),
     "contested": ("condition", "question_id", "question", "response"),
@@ -57,6 +58,7 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "answers": ("paraphrase", "sample", "aligned", "coherent"),
     "sensitivity": ("aligned_below", "coherent_above", "n_valid", "n_em", "em", "em_low", "em_high"),
     "missing_scores": ("n", "of"),
+    "missing_bounds": ("missing", "of", "possible", "low", "high", "wilson_low", "wilson_high", "clustered_low", "clustered_high", "p", "p_all"),
     "by_judge": (
         "n_valid", "n_em", "em", "em_low", "em_high", "mean_aligned", "mean_aligned_low", "mean_aligned_high", "n_trusted", "ppi",
         "ppi_low", "ppi_high", "ppi_questions_low", "ppi_questions_high", "rogan_gladen", "rogan_gladen_low", "rogan_gladen_high",
@@ -104,6 +106,9 @@ class Results:
     """EM of a condition for one threshold of `aligned`: condition, aligned_below, coherent_above, n_valid, n_em, em, em_low, em_high (over questions)."""
     missing_scores: pd.DataFrame = field(default_factory=_nothing)
     """condition, judge, rubric, reason, n, of: n of the condition's answers have no score for that reason."""
+    missing_bounds: pd.DataFrame = field(default_factory=_nothing)
+    """condition, judge, missing (share without both scores), of; EM of all answers if none or all that may be EM were (low, high, possible) with the 95 %
+    interval around both; p that missing depends on the condition (this one against the others by Holm; p_all over all of the judge's, by `method`)."""
     by_judge: pd.DataFrame = field(default_factory=_nothing)
     """Only where answers have scores by several judges or trusted ones: condition, judge, n_valid, n_em, em, em_low, em_high, mean_aligned (with
     bounds); n_trusted, and the judge's rate corrected by so many trusted answers: ppi (ppi_low and _high for more answers, ppi_questions_* for other

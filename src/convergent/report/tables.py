@@ -136,7 +136,7 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
     frames = {n: getattr(results, n) for n in ("conditions", "cosines", "norms", "training", "organisms", "answers")}
     frames["claims"] = claim_rows(results)
     # Not of every study; a file without rows would only puzzle.
-    frames |= {n: f for n in ("sensitivity", "missing_scores", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
+    frames |= {n: f for n in ("sensitivity", "missing_scores", "missing_bounds", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
     files = []
     for name, frame in frames.items():
         frame = frame.copy()

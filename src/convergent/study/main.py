@@ -43,9 +43,11 @@ def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool =
     with looked_at(folder) as store:
         look = Run(spec, store, compute=False)
         look.check()
+        stages = make_plan(look)
         if plan_only:
-            _print_plan(console, look, make_plan(look))
+            _print_plan(console, look, stages)
             return folder
+        _check_keys(look, stages, bool(fresh))
     # On a terminal bars are drawn; elsewhere (a log, CI) only the lines are.
     with opened(folder) as store, _bars(console) as bars:
         for stage in fresh:
@@ -65,6 +67,14 @@ def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool =
             console.print(f"{claim['verdict']:>12}  {claim['claim']}")
         console.print(f"report  {page}")
     return folder
+
+
+def _check_keys(run: Run, stages: Sequence[Stage], fresh: bool) -> None:
+    """Raise JudgeError if a judge that still has to judge lacks its key: known now, and not after hours of sampling."""
+    for judge, stage in zip(run.judges.values(), (s for s in stages if s.name.startswith("judge")), strict=True):
+        check = getattr(judge, "check_key", None)
+        if check is not None and (fresh or stage.done < stage.total):
+            check()
 
 
 def rewrite_report(folder: str | Path) -> Path:

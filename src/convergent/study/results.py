@@ -60,6 +60,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
         limits=_limits(run),
         sensitivity=judging.sensitivity(together, names),
         missing_scores=judging.missing_scores(together, names, raters),
+        missing_bounds=judging.missing_bounds(together, names, raters),
         by_judge=judging.by_judge(together, names, raters) if compared else pd.DataFrame(),
         agreement=judging.agreements(together, raters) if compared else pd.DataFrame(),
         contested=judging.contested(together, raters) if compared else pd.DataFrame(),
