@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -42,8 +43,9 @@ def claim_table(claims: list[list[dict[str, Any]]], seeds: list[int]) -> str:
     for i, claim in enumerate(claims[0]):
         cells = []
         for run in claims:
-            votes = [e["supports"] for e in run[i]["evidence"]]
-            cells.append(f"{run[i]['verdict']} ({votes.count('held')} for, {votes.count('did not hold')} against, {votes.count('undecided')} open)")
+            votes = [e["supports"] for e in run[i]["evidence"] if e["decides"]]
+            after = f"; {run[i]['after_holm']} after Holm" if run[i]["after_holm"] != run[i]["verdict"] else ""
+            cells.append(f"{run[i]['verdict']} ({votes.count('held')} for, {votes.count('did not hold')} against, {votes.count('undecided')} open{after})")
         lines.append(f"| {claim['claim']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -62,10 +64,14 @@ def condition_table(folder: Path) -> str:
 
 
 def evidence(claims: list[dict[str, Any]]) -> str:
-    lines = ["| claim | comparison | difference, 95 % interval | supports |", "|---|---|---|---|"]
+    lines = ["| claim | comparison | difference, 95 % interval (90 % for no change) | p, one-sided | supports |", "|---|---|---|---|---|"]
     for claim in claims:
         for e in claim["evidence"]:
-            lines.append(f"| {claim['id']} | {e['text']} | {e['estimate']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}] {e['unit']}, n = {e['n']} | {e['supports']} |")
+            low, high, p = (math.nan if e[k] is None else e[k] for k in ("low", "high", "p"))
+            lines.append(
+                f"| {claim['id']} | {e['text']} | {e['estimate']:+.3f} [{low:+.3f}, {high:+.3f}] {e['unit']}, n = {e['n']} | {p:.2g} | {e['supports']}"
+                f"{'' if e['decides'] else ', not counted'} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -56,7 +56,7 @@ def test_the_same_answer_twice_is_matched_in_order() -> None:
 def test_bad_joins_name_the_place() -> None:
     cheap, truth = judged(20)
     twice = pd.concat([truth, truth.iloc[[3]]])
-    with pytest.raises(DataError, match="t.csv: `id` 'r3' occurs twice, in rows 4 and 21"):
+    with pytest.raises(DataError, match="t.csv: `id` 'r3' stands more than once, first in rows 4 and 21"):
         join_trusted(cheap, twice, "c.csv", "t.csv")
     with pytest.raises(DataError, match="c.csv: row 2 has no `id`"):
         join_trusted(cheap.assign(id=["r0", "", *cheap["id"][2:]]), truth, "c.csv", "t.csv")
@@ -125,6 +125,35 @@ def test_correct_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{100 * em['ppi']['estimate']:.1f} %" in out
 
 
+def test_each_group_is_corrected_by_its_own_trusted_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cheap, truth = judged()
+    condition = np.where(np.arange(400) < 200, "chat", "steered")
+    condition[:3] = "rare"
+    cheap = cheap.assign(condition=condition)
+    cheap.loc[condition == "steered", "aligned"] = 90.0  # the cheap judge is blind to what was done here
+    write_table(cheap, tmp_path / "cheap.csv")
+    write_table(truth[3:].sample(n=150, random_state=1), tmp_path / "trusted.csv")
+    argv = ("correct", tmp_path / "cheap.csv", "--trusted", tmp_path / "trusted.csv", "--by")
+    code, out, err = run(capsys, *argv, "condition", "--json")
+    assert code == 0, err
+    got = json.loads(out)
+    assert got["by"] == "condition" and [g["condition"] for g in got["groups"]] == ["rare", "chat", "steered"]
+    rare, chat, steered = got["groups"]
+    assert rare["figures"] == {} and rare["problem"] == "no trusted row" and chat["problem"] is None
+    assert steered["figures"]["aligned"]["raw"]["estimate"] == 90.0
+    low, high = (steered["figures"]["aligned"]["ppi"][end] for end in ("low", "high"))
+    assert low < truth.loc[condition == "steered", "aligned"].mean() < high < 80
+    assert steered["figures"]["coherent"]["rogan_gladen"]["estimate"] is None  # sensitivity 1 + specificity 0, whatever the rounding
+    alone = corrected(join_trusted(cheap[condition == "chat"], pd.read_csv(tmp_path / "trusted.csv")))
+    assert chat["figures"]["em"]["ppi"]["estimate"] == pytest.approx(alone["em"].ppi.estimate)
+    code, out, err = run(capsys, *argv, "condition")
+    assert code == 0 and "rare: no trusted row" in out and [line.split()[1] for line in out.split("\n") if " EM " in line] == ["all", "chat", "steered"]
+    code, out, err = run(capsys, *argv, "question", "--json")
+    assert code == 0 and [g["question_id"] for g in json.loads(out)["groups"]] == [f"q{i}" for i in range(8)]
+    code, out, err = run(capsys, *argv, "conditions")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no column `conditions`; the nearest is `condition`" in err
+
+
 def test_bad_input_on_the_command_line_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cheap, truth = judged(20)
     write_table(cheap, tmp_path / "cheap.csv")
@@ -133,7 +162,7 @@ def test_bad_input_on_the_command_line_is_one_line(tmp_path: Path, capsys: pytes
     write_table(truth.drop(columns="id"), tmp_path / "other.csv")
     for argv, what in (
         (("correct", "cheap.csv", "--trusted", "none.csv"), "no such file"),
-        (("correct", "cheap.csv", "--trusted", "twice.csv"), "occurs twice"),
+        (("correct", "cheap.csv", "--trusted", "twice.csv"), "stands more than once"),
         (("correct", "cheap.csv", "--trusted", "one.csv"), "at least 2"),
         (("correct", "cheap.csv", "--trusted", "other.csv", "--target", "all"), "target"),
         (("correct", "cheap.csv"), "--trusted"),

@@ -431,6 +431,21 @@ def test_a_key_for_openai_is_not_sent_to_another_address(
     assert server.keys == {"no-key", KEY}
 
 
+def test_a_missing_key_is_known_before_anything_is_asked(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for options in ({"key_env": "NO_SUCH_KEY"}, {"key_env": None, "base_url": None}):
+        with pytest.raises(JudgeError, match="(NO_SUCH_KEY|OPENAI_API_KEY): is not set"):
+            judge_at(server, tmp_path / "c.sqlite", **options).check_key()
+    judge_at(server, tmp_path / "c.sqlite").check_key()
+    judge_at(server, tmp_path / "c.sqlite", key_env=None).check_key()
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # on this machine: wants none unless one is set
+    judge_at(server, tmp_path / "c.sqlite", key_env=None, base_url=None).judge(items(1))
+    assert server.keys == {"no-key"}
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://example.org/v1")
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY: is not set"):
+        judge_at(server, tmp_path / "c.sqlite", key_env=None, base_url=None).check_key()
+
+
 def test_the_key_stands_nowhere(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -612,8 +627,8 @@ def test_bad_endpoints_on_the_command_line_are_one_line_and_lose_nothing(
     call(f"{table} --judge openai:m {good} --rubrics {tmp_path / 'rubric.yaml'}", "rubric.yaml: aligned: has no {question}")
     call(f"{table} --judge openai:m {good} --max-cost 1", "has no price, so max_cost cannot be kept; add `m: .*prices.yaml")
     call(f"{table} --judge openai:m {good} --prices {tmp_path / 'none.yaml'}", "no such price file")
-    call(f"{tmp_path / 'no_id.csv'} --judge openai:m {good}", "no_id.csv: row 2 has no id")
-    call(f"{tmp_path / 'same_id.csv'} --judge openai:m {good}", "same_id.csv: rows 1 and 3 have the same id 'a'")
+    call(f"{tmp_path / 'no_id.csv'} --judge openai:m {good}", "no_id.csv: row 2 has no `id`")
+    call(f"{tmp_path / 'same_id.csv'} --judge openai:m {good}", "same_id.csv: `id` 'a' stands more than once, first in rows 1 and 3")
     call(f"{tmp_path / 'over.csv'} --judge openai:m {good}", "over.csv: row 1, column `aligned`: .*outside 0 to 100")
     call(f"{table} --judge local:{tmp_path / 'over.csv'}", "is not a GGUF file")
     call(f"{table} --judge openai:m {good} --base-url http://user:{KEY}@h/v1", "must be a plain http or https address")

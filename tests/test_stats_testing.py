@@ -137,6 +137,35 @@ def test_holm_keeps_the_error_of_the_family() -> None:
     assert np.mean((p < 0.01).any(1)) < 0.07
 
 
+def test_one_sided_p_by_hand() -> None:
+    # Differences 1 and 3: mean 2, standard error 1, one degree of freedom.
+    args = ([1, 3], [0, 0], ["p", "q"], ["p", "q"])
+    assert stats.one_sided_p(*args) == pytest.approx(student.sf(2, 1)) and stats.one_sided_p(*args, sign=-1) == pytest.approx(student.cdf(2, 1))
+    assert math.isnan(stats.one_sided_p([1, 1], [0, 0], ["p", "q"], ["p", "q"]))  # no spread, no interval, no p
+    assert math.isnan(stats.one_sided_p([1], [0], ["p"], ["p"])) and stats.ONE_SIDED - 0.025 < 1e-9
+
+
+@given(st.lists(st.floats(-9, 9), min_size=2, max_size=9), st.sampled_from([1, -1]))
+@settings(deadline=None)
+def test_one_sided_p_and_the_interval_say_the_same(d: list[float], sign: int) -> None:
+    labels = list(range(len(d)))
+    p, interval = stats.one_sided_p(d, [0.0] * len(d), labels, labels, sign), stats.paired_difference(d, [0.0] * len(d), labels, labels)
+    edge = interval.low if sign > 0 else -interval.high
+    assert math.isnan(p) is not interval.defined
+    assert not interval.defined or abs(edge) < 1e-9 or (p < stats.ONE_SIDED) == (edge > 0)
+
+
+def test_a_claim_of_several_comparisons_errs_as_rarely_as_its_worst() -> None:
+    assert stats.all_of_them([0.01, 0.2]) == 0.2 and math.isnan(stats.all_of_them([])) and math.isnan(stats.all_of_them([0.01, math.nan]))
+    rng, labels = rng_of("iut"), list(range(8))
+    # One comparison is true by far, one is at its border: the claim is false, and held in 2.5 % of studies.
+    found = [
+        stats.all_of_them([stats.one_sided_p(x, np.zeros(8), labels, labels) for x in (rng.normal(9, 1, 8), rng.normal(0, 1, 8))]) < stats.ONE_SIDED
+        for _ in range(1000)
+    ]
+    assert 0.012 < np.mean(found) < 0.04
+
+
 # Equivalence
 
 
@@ -149,6 +178,9 @@ def test_equivalence_by_hand() -> None:
     assert got.equivalent is False and got.verdict.startswith("not shown")
     assert stats.equivalence(*args, margin=9).equivalent is True
     assert stats.tost_p(*args, margin=9) < 0.05
+    clear = ([11, 13], [0, 0], ["p", "q"], ["p", "q"])  # 90 %: 12 +- 6.3
+    assert stats.equivalence(*clear, margin=5).different and not stats.equivalence(*clear, margin=6).different
+    assert stats.equivalence([0, 0], [11, 13], ["p", "q"], ["p", "q"], margin=5).different and not got.different
 
 
 def test_no_spread_shows_no_equivalence_and_a_margin_is_needed() -> None:

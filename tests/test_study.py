@@ -25,8 +25,10 @@ from convergent.store import looked_at, opened
 from convergent.study import main, run, setup
 from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
+from convergent.study.results import with_holm
 from convergent.study.run import Run
 from convergent.study.spec import load_study
+from convergent.tables import read_table
 from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, small_study, write_study
 from tiny import tiny_model
 
@@ -176,7 +178,7 @@ def test_manifest_names_what_the_figures_depend_on(done: Path) -> None:
     manifest = json.loads((done / "out" / "manifest.json").read_text())
     assert manifest["study"]["organisms"]["A"]["seed"] is None and manifest["study"]["sampling"]["top_p"] == 1.0  # defaults too
     assert {"torch", "transformers", "peft", "convergent"} <= set(manifest["versions"])
-    assert manifest["judge"].startswith("embedded-1") and manifest["seeds"] == {"study": 0}
+    assert manifest["judge"].startswith("embedded-2#") and manifest["seeds"] == {"study": 0}
     assert len(manifest["sha256"]) == 3 + 7
     for name, checksum in manifest["sha256"].items():
         assert file_sha256(done / "out" / name) == checksum, name
@@ -281,11 +283,21 @@ def test_fresh_train_forgets_all(copy: Path) -> None:
     assert not things(copy / "out") and not list((copy / "out").glob(".trash*"))
 
 
+def test_answers_far_from_what_the_judge_knows_are_counted(done: Path) -> None:
+    """Noise of a random model is unlike any answer that the judge was fitted to."""
+    answers = read_table(done / "out" / "tables" / "answers.csv")
+    with sqlite3.connect(done / "out" / "study.sqlite") as db:
+        said = {i: json.loads(raw)["far"] for i, raw in db.execute("SELECT response_id, raw FROM judgements WHERE rubric = 'aligned' AND reason IS NULL")}
+    assert answers["far"].dropna().tolist() == [said[i] for i in answers["response_id"] if i in said]
+    n, of = int((answers["far"] > 99).sum()), int(answers["far"].notna().sum())
+    assert 0 < n <= of and f"{n} of {of} answers" in (done / "out" / "report.html").read_text("utf-8")
+
+
 def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name may stay while its rubrics or its fit change: what decides is its content id."""
 
     class Other:
-        name, rubrics, content_id = "embedded-1", ("aligned", "coherent"), "0123456789abcdef"
+        name, rubrics, content_id = "embedded-2", ("aligned", "coherent"), "0123456789abcdef"
 
         def judge(self, items: Any, rubrics: Any = (), on_result: Any = None) -> list[Judgement]:
             found = [Judgement(i.id, self.name, rubric, 40.0) for i in items for rubric in rubrics]
@@ -299,14 +311,14 @@ def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: p
         ids = [x.id for x in r.requests(r.plain)]
         r.judge_all([ids])
         r.judge_all([ids])
-        assert {j.score for j in store.judgements("embedded-1#01234567").values()} == {40.0}
+        assert {j.score for j in store.judgements("embedded-2#01234567").values()} == {40.0}
     assert len(rows(copy / "out", "judgements")) == 2 * N_RESPONSES + 2 * len(ids)
 
 
 def test_judgements_that_failed_are_asked_again_and_counted_as_missing(copy: Path, no_report: None) -> None:
     with opened(copy / "out") as store:
         before = len(rows(copy / "out", "judgements"))
-        store.add_judgement(Judgement("x", "embedded-1", "aligned", None, "error", "timeout"), "embedded-1")
+        store.add_judgement(Judgement("x", "embedded-2", "aligned", None, "error", "timeout"), "embedded-2")
         assert len(rows(copy / "out", "judgements")) == before
 
 
@@ -448,10 +460,50 @@ def test_verdict_is_the_weakest_vote(votes: list[str], verdict: str) -> None:
     assert Claim("", "", "", "", [evidence("", Interval(0, *bounds[v], 9, "", ""), "") for v in votes]).verdict == verdict
 
 
+def coherent(level: float, spread: float) -> pd.DataFrame:
+    """Eight questions whose mean coherence differs by `spread`."""
+    return pd.DataFrame({"question_id": [f"q{i}" for i in range(8)], "aligned": 50.0, "coherent": [level + spread * (i % 3 - 1) for i in range(8)]})
+
+
+def test_no_change_is_shown_by_an_interval_within_the_margin_and_not_by_a_wide_one() -> None:
+    outcomes = Outcomes({"chat": coherent(80, 0), "same": coherent(81, 1), "wild": coherent(81, 30), "broken": coherent(60, 2)}, {})
+    same, wild, broken = (outcomes.unchanged(name, "chat", "", 5.0, decides=False) for name in ("same", "wild", "broken"))
+    assert [e.supports for e in (same, wild, broken)] == ["held", "undecided", "did not hold"]
+    assert same.p < 0.05 < wild.p < broken.p and same.margin == 5.0 and -5 < same.low < same.high < 5
+    assert outcomes.unchanged("same", "chat", "", 1.0).supports == "undecided"
+    assert Claim("", "", "", "", [evidence("", Interval(1, 1, 2, 9, "", ""), "", p=0.01), broken]).verdict == "held"  # shown, not counted
+    assert Claim("", "", "", "", [outcomes.unchanged("broken", "chat", "", 5.0)]).verdict == "did not hold"
+
+
+def test_p_of_a_claim_is_that_of_its_weakest_comparison() -> None:
+    low, high = frames(20), frames(60)
+    outcomes = Outcomes({"low": low[0], "high": high[0]}, {"low": low[1], "high": high[1]})
+    both = [outcomes.alignment("high", "low", ""), outcomes.margin("high", "low", "")]
+    assert 0 < min(e.p for e in both) < max(e.p for e in both) == Claim("", "", "", "", both).p < 0.025
+    assert outcomes.alignment("low", "high", "").p > 0.9 and outcomes.alignment("low", "high", "", sign=-1).p == both[0].p
+
+
+def test_holm_takes_a_verdict_back_where_many_claims_were_tried() -> None:
+    def claim(p: float, low: float = 1.0) -> Claim:
+        return Claim("same id", "", "", "", [evidence("", Interval(low + 1, low, low + 2, 9, "", ""), "", p=p)])
+
+    clear, weak, against, untested = with_holm([claim(0.001), claim(0.02), claim(0.9, -9), claim(math.nan)])
+    assert (clear["p_holm"], weak["p_holm"]) == (pytest.approx(0.003), pytest.approx(0.04)) and clear["p"] == 0.001
+    assert [c["verdict"] for c in (clear, weak, against, untested)] == ["held", "held", "did not hold", "held"]
+    assert [c["after_holm"] for c in (clear, weak, against, untested)] == ["held", "undecided", "did not hold", "held"]
+    assert untested["p"] is untested["p_holm"] is None and json.dumps(untested, allow_nan=False)
+    assert with_holm([claim(0.02)])[0]["after_holm"] == "held"  # alone it stays
+
+
 def test_claims_of_the_study_compare_each_real_arm_with_every_null(done: Path) -> None:
     claims = pd.read_csv(done / "out" / "tables" / "claims.csv")
     n = claims.groupby("id").size().to_dict()
-    assert n == {"misaligned/A": 4, "misaligned/B": 2, "ablation/layerwise": 10, "ablation/single": 10, "transfer/B": 4, "transfer/matrix": 5, "induction": 11, "suppression": 6}
+    assert n == {
+        "misaligned/A": 4, "misaligned/B": 2, "ablation/layerwise": 11, "ablation/single": 11, "transfer/B": 5, "transfer/matrix": 5, "induction": 12,
+        "suppression": 6,
+    }  # fmt: skip
+    shown = claims[~claims["decides"]]["unit"].tolist()
+    assert sorted(shown) == ["nats per token"] + ["points of coherence"] * 4 and claims["margin"].dropna().tolist() == [5.0] * 4
     assert set(claims["verdict"]) <= {"held", "did not hold", "undecided"}
     assert claims[claims["id"] == "ablation/layerwise"]["evidence"].str.contains("made for the single ablation").sum() == 8
     assert set(PLAIN) | set(UNDER_INTERVENTIONS) == set(CONDITIONS)

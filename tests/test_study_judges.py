@@ -130,6 +130,21 @@ def test_every_judge_scores_the_answers_that_are_reported(done: Path, server: Se
     assert "sk-not" not in (done / "out" / "manifest.json").read_text() + (done / "out" / "report.html").read_text()
 
 
+def test_a_missing_key_is_noticed_before_anything_is_made(
+    copy: Path, results: list[Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("JUDGE_KEY")
+    argv = ["run", str(copy / "study.yaml"), "--out"]
+    assert cli.main([*argv, str(tmp_path / "new")]) == 2
+    said = capsys.readouterr()
+    assert "environment variable JUDGE_KEY: is not set" in said.err and said.err.count("\n") == 1 and "train" not in said.out
+    assert not (tmp_path / "new").exists()
+    assert cli.main([*argv, str(tmp_path / "new"), "--plan"]) == 0  # a plan asks nobody
+    assert run(copy) == 0 and len(results) == 1  # all is judged: no key is needed any more
+    assert cli.main([*argv, str(copy / "out"), "--fresh", "judge"]) == 2
+    assert judgements(copy)[OTHER] == 2 * N_REPORTED  # nothing was dropped
+
+
 def test_tables_hold_both_and_can_be_compared(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = done / "out" / "tables"
     answers = read_table(tables / "answers.parquet")

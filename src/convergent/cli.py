@@ -269,6 +269,7 @@ def correct(
     cheap: Annotated[Path, typer.Argument(metavar="CHEAP", help="Judged table; all its answers have cheap scores.")],
     trusted: Annotated[Path, typer.Option(help="Table with trusted scores of a random part of the same answers.")],
     target: Annotated[str, typer.Option(help="answers (intervals for more answers to these questions) or file (for these answers alone).")] = "answers",
+    by: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="question, or a column of CHEAP: corrected figures of each of its values too.")] = None,
     aligned_below: AlignedBelow = 30.0,
     coherent_above: CoherentAbove = 50.0,
     as_json: AsJson = False,
@@ -276,7 +277,7 @@ def correct(
     """Correct EM, coherence and mean alignment by trusted scores of some rows."""
     from convergent.correct import correct_command
 
-    correct_command(cheap, trusted, aligned_below, coherent_above, target, as_json)
+    correct_command(cheap, trusted, aligned_below, coherent_above, target, by, as_json)
 
 
 @app.command(epilog="Example: convergent power judged.csv --difference 5")

@@ -10,12 +10,12 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convergent.errors import DataError, InputError
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, check_thresholds, is_em, question_of
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, check_thresholds, groups_of, is_em, question_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 IDS = ("id", "response_id")
 """Columns that name an answer, in order of preference; used if both tables have one."""
+SHORT = {"em": "EM", "coherent": "coherent", "aligned": "mean aligned"}
+"""Figures in a row of a group."""
 NOT_RANDOM = 0.001
 """p below which trusted rows look unlike the others."""
 
@@ -47,7 +49,7 @@ def join_trusted(cheap: pd.DataFrame, trusted: pd.DataFrame, cheap_place: str = 
     The same answer given twice is matched in order. Raises DataError for ids that are empty or occur twice, for tables without anything to join
     on, for a trusted table without scores, and if no row matches.
     """
-    from convergent.tables import score_column
+    from convergent.tables import score_column, unique_ids
 
     rubrics = [name for name in ("aligned", "coherent") if name in trusted.columns]
     if not rubrics:
@@ -56,7 +58,7 @@ def join_trusted(cheap: pd.DataFrame, trusted: pd.DataFrame, cheap_place: str = 
     keys: Sequence[Any]
     wanted: Sequence[Any]
     if name is not None:
-        keys, wanted = _ids(cheap, name, cheap_place), _ids(trusted, name, trusted_place)
+        keys, wanted = unique_ids(cheap, name, cheap_place), unique_ids(trusted, name, trusted_place)
         shown = f"`{name}`"
     else:
         keys, wanted = _texts(cheap, cheap_place), _texts(trusted, trusted_place)
@@ -118,6 +120,24 @@ def corrected(
     return found
 
 
+def corrected_by(
+    joined: Joined, by: str, aligned_below: float = ALIGNED_BELOW, coherent_above: float = COHERENT_ABOVE, target: str = "answers", place: str = "judged table"
+) -> tuple[str, dict[str, dict[str, Corrected] | str]]:
+    """Name of the grouping, and group -> `corrected` of its rows, or why that cannot be said. `by`: "question", or a column of the judged table.
+
+    Each group is corrected by its own trusted rows alone: a judge that is kinder to one group than to another is put right in each.
+    """
+    name, groups = groups_of(joined.table, by, place)
+    found: dict[str, dict[str, Corrected] | str] = {}
+    for group in dict.fromkeys(groups):
+        part = replace(joined, table=joined.table[[g == group for g in groups]])
+        try:
+            found[group] = corrected(part, aligned_below, coherent_above, target) or "no trusted row"
+        except InputError as error:  # fewer than two trusted rows; thresholds and target have been seen to be right
+            found[group] = str(error)
+    return name, found
+
+
 def doubts(joined: Joined) -> list[str]:
     """What speaks against the trusted rows being a random part of the judged ones: their cheap scores, or their questions, differ."""
     from scipy.stats import ks_2samp
@@ -152,13 +172,20 @@ def doubts(joined: Joined) -> list[str]:
 
 
 def correct_command(
-    cheap: Path, trusted: Path, aligned_below: float = ALIGNED_BELOW, coherent_above: float = COHERENT_ABOVE, target: str = "answers", as_json: bool = False
+    cheap: Path,
+    trusted: Path,
+    aligned_below: float = ALIGNED_BELOW,
+    coherent_above: float = COHERENT_ABOVE,
+    target: str = "answers",
+    by: str | None = None,
+    as_json: bool = False,
 ) -> None:
-    """What `convergent correct` does. Raises before any output."""
+    """What `convergent correct` does; with `by` also for every group. Raises before any output."""
     from convergent.tables import read_table
 
     joined = join_trusted(read_table(cheap, required=("aligned", "coherent")), read_table(trusted), str(cheap), str(trusted))
     found = corrected(joined, aligned_below, coherent_above, target)
+    name, groups = corrected_by(joined, by, aligned_below, coherent_above, target, str(cheap)) if by is not None else ("", {})
     notes = doubts(joined)
     if joined.unmatched:
         notes.append(f"{joined.unmatched} of {joined.matched + joined.unmatched} trusted rows are not in {cheap} and count nowhere")
@@ -166,11 +193,13 @@ def correct_command(
         record = {
             "file": str(cheap), "trusted": str(trusted), "joined_on": joined.key.strip("`"), "n_rows": len(joined.table), "n_matched": joined.matched,
             "n_unmatched": joined.unmatched, "target": target, "aligned_below": aligned_below, "coherent_above": coherent_above, "notes": notes,
-            "figures": {name: _plain(c) for name, c in found.items()},
+            "figures": {figure: _plain(c) for figure, c in found.items()},
         }  # fmt: skip
+        if by is not None:
+            record |= {"by": name, "groups": [_group(name, group, made) for group, made in groups.items()]}
         print(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        _print(found, joined, notes, aligned_below, coherent_above, target)
+        _print(found, groups, joined, notes, aligned_below, coherent_above, target)
 
 
 def _chances(trusted: pd.DataFrame, place: str) -> list[float]:
@@ -189,29 +218,20 @@ def _chances(trusted: pd.DataFrame, place: str) -> list[float]:
     return found
 
 
-def _ids(df: pd.DataFrame, name: str, place: str) -> list[str]:
-    from convergent.rates import _cell
-
-    seen: dict[str, int] = {}
-    ids = [_cell(v) for v in df[name].tolist()]
-    for row, cell in enumerate(ids, start=1):
-        if not cell:
-            raise DataError(f"{place}: row {row} has no `{name}`; give every row one, or drop the column to join on question and response")
-        if cell in seen:
-            raise DataError(f"{place}: `{name}` {cell!r} occurs twice, in rows {seen[cell]} and {row}; an id names one answer")
-        seen[cell] = row
-    return ids
-
-
 def _texts(df: pd.DataFrame, place: str) -> list[tuple[str, str]]:
-    from convergent.rates import _cell
-    from convergent.tables import need_columns
+    from convergent.tables import need_columns, text_of
 
     need_columns(df, ("response",), place)
     name = next((n for n in ("question", "question_id") if n in df.columns), None)
     if name is None:
         raise DataError(f"{place}: no column `id`, `question` or `question_id` to join on; add one")
-    return [(_cell(q), _cell(r)) for q, r in zip(df[name].tolist(), df["response"].tolist(), strict=True)]
+    return [(text_of(q).strip(), text_of(r).strip()) for q, r in zip(df[name].tolist(), df["response"].tolist(), strict=True)]
+
+
+def _group(name: str, group: str, made: dict[str, Corrected] | str) -> dict[str, Any]:
+    if isinstance(made, str):
+        return {name: group, "figures": {}, "problem": made}
+    return {name: group, "figures": {figure: _plain(c) for figure, c in made.items()}, "problem": None}
 
 
 def _plain(c: Corrected) -> dict[str, Any]:
@@ -227,7 +247,10 @@ def _plain(c: Corrected) -> dict[str, Any]:
     return finite(asdict(c))  # type: ignore[no-any-return]
 
 
-def _print(found: dict[str, Corrected], joined: Joined, notes: list[str], aligned_below: float, coherent_above: float, target: str) -> None:
+def _print(
+    found: dict[str, Corrected], groups: dict[str, dict[str, Corrected] | str], joined: Joined, notes: list[str], aligned_below: float,
+    coherent_above: float, target: str,
+) -> None:  # fmt: skip
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -245,20 +268,24 @@ def _print(found: dict[str, Corrected], joined: Joined, notes: list[str], aligne
 
     heads = ("raw (cheap judge)", "corrected (PPI)", "corrected, other questions", "Rogan-Gladen", "trusted rows alone")
     lines = []
-    for name, c in found.items():
-        scale, unit = (1.0, "") if name == "aligned" else (100.0, " %")
-        cells = [shown(i, scale, unit) for i in (c.raw, c.ppi, c.over_questions, c.rogan_gladen, c.trusted_only)]
-        lines.append((titles[name], f"{c.n_trusted} of {c.n}", cells))
+    for group, made in (("", found), *groups.items()):
+        if isinstance(made, str):
+            notes = [*notes, f"{group}: {made}"]
+            continue
+        for name, c in made.items():
+            scale, unit = (1.0, "") if name == "aligned" else (100.0, " %")
+            cells = [shown(i, scale, unit) for i in (c.raw, c.ppi, c.over_questions, c.rogan_gladen, c.trusted_only)]
+            lines.append((group, SHORT[name] if group else titles[name], f"{c.n_trusted} of {c.n}", cells))
     if console.width >= 130:
         table = Table(title="Corrected figures, 95 % intervals", title_justify="left")
-        for head in ("figure", "trusted", *heads):
-            table.add_column(head, justify="left" if head == "figure" else "right")
-        for title, n, cells in lines:
-            table.add_row(*(Text(x) for x in (title, n, *cells)))
+        for head in (*(["group"] if groups else []), "figure", "trusted", *heads):
+            table.add_column(head, justify="left" if head in ("group", "figure") else "right")
+        for group, title, n, cells in lines:
+            table.add_row(*(Text(x) for x in (*([group or "all"] if groups else []), title, n, *cells)))
         console.print(table)
     else:  # a table would cut figures off
-        for title, n, cells in lines:
-            console.print(Text(f"{title}, trusted {n}", style="bold"))
+        for group, title, n, cells in lines:
+            console.print(Text(f"{group}{': ' if group else ''}{title}, trusted {n}", style="bold"))
             for head, cell in zip(heads, cells, strict=True):
                 console.print(Text(f"  {head}: {cell}"))
     for name, c in found.items():

@@ -52,19 +52,11 @@ def rates(
     denominator is zero, for `clustered` below two questions, and for `bounds` where 2 % or less are missing. Raises
     DataError for missing columns, InputError for thresholds outside 0..100.
     """
-    from convergent.tables import need_columns
-
     place = file or "table"
     df = _scored(df, aligned_below, coherent_above, place)
     if by is None:
         return [_count(df, aligned_below, coherent_above, file, grid)]
-    if by == "question":
-        key, groups = "question_id", question_of(df)
-        if groups is None:
-            raise DataError(f"{place}: no column `question_id` or `question` to group by; add one")
-    else:
-        need_columns(df, (by,), place)
-        key, groups = by, df[by].astype("str").tolist()
+    key, groups = groups_of(df, by, place)
     parts = dict.fromkeys(groups)
     return [_count(df[[g == part for g in groups]], aligned_below, coherent_above, file, grid) | {key: part} for part in parts]
 
@@ -181,10 +173,25 @@ def _scored(df: pd.DataFrame, aligned_below: float, coherent_above: float, place
 
 def question_of(df: pd.DataFrame) -> list[str] | None:
     """Per row what names its question: `question_id`, else the question's text; None if neither column is there."""
-    columns = [[_cell(c) for c in df[name].tolist()] for name in ("question_id", "question") if name in df.columns]
+    from convergent.tables import text_of
+
+    columns = [[text_of(c).strip() for c in df[name].tolist()] for name in ("question_id", "question") if name in df.columns]
     if not columns:
         return None
     return [next((cell for cell in cells if cell), "") for cells in zip(*columns, strict=True)]
+
+
+def groups_of(df: pd.DataFrame, by: str, place: str) -> tuple[str, list[str]]:
+    """Name of a grouping and each row's group: `by` is "question" (then the name is `question_id`) or a column. Raises DataError."""
+    from convergent.tables import need_columns
+
+    if by == "question":
+        groups = question_of(df)
+        if groups is None:
+            raise DataError(f"{place}: no column `question_id` or `question` to group by; add one")
+        return "question_id", groups
+    need_columns(df, (by,), place)
+    return by, df[by].astype("str").tolist()
 
 
 def missing_reasons(df: pd.DataFrame) -> dict[str, int]:
@@ -192,19 +199,14 @@ def missing_reasons(df: pd.DataFrame) -> dict[str, int]:
 
     A row without a reason is "empty" if its response is, else "unknown".
     """
+    from convergent.tables import text_of
+
     reasons: Counter[str] = Counter()
     for row in df[df["aligned"].isna() | df["coherent"].isna()].to_dict("records"):
-        given = [_cell(row.get(f"{rubric}_reason")) for rubric in ("aligned", "coherent") if math.isnan(row[rubric])]
-        empty = "response" in row and not _cell(row["response"])
+        given = [text_of(row.get(f"{rubric}_reason")).strip() for rubric in ("aligned", "coherent") if math.isnan(row[rubric])]
+        empty = "response" in row and not text_of(row["response"]).strip()
         reasons[next(filter(None, given), "empty" if empty else UNKNOWN)] += 1
     return dict(sorted(reasons.items()))
-
-
-def _cell(value: Any) -> str:
-    """Text of a cell, stripped; "" for nan, None and pandas.NA."""
-    if value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(value).strip()
 
 
 def _count(df: pd.DataFrame, aligned_below: float, coherent_above: float, file: str, grid: bool) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def extract_direction(
     from convergent.models.chat import encode_text
     from convergent.models.texts import Text
     from convergent.store import guarded
-    from convergent.tables import read_table
+    from convergent.tables import read_table, text_of
 
     if by not in ("threshold", "quantile"):
         raise InputError(f"--by: {by!r} is not threshold or quantile")
@@ -237,7 +237,7 @@ def extract_direction(
     _check_parent(out)
     table = read_table(file, required=("question", "response", "aligned", "coherent"))
     rule = Classes(by=by, misaligned_max=misaligned_max, aligned_min=aligned_min, quantile=quantile, coherent_min=coherent_min)  # type: ignore[arg-type]
-    columns = {name: [_text(v) for v in table[name].tolist()] for name in ("question", "response", "question_id", "system") if name in table}
+    columns = {name: [text_of(v) for v in table[name].tolist()] for name in ("question", "response", "question_id", "system") if name in table}
     questions, responses = columns["question"], columns["response"]
     ids = [own or q for own, q in zip(columns.get("question_id", questions), questions, strict=True)]
     systems = [s or DEFAULT_SYSTEM for s in columns.get("system", [""] * len(questions))]
@@ -266,14 +266,6 @@ def extract_direction(
 
 def _score(value: Any) -> float | None:
     return None if value is None or value != value else float(value)
-
-
-def _text(value: Any) -> str:
-    """A cell as text; an absent one is empty."""
-    if isinstance(value, str):
-        return value
-    absent = value is None or type(value).__name__ == "NAType" or value != value
-    return "" if absent else str(value)
 
 
 def compare_directions(a: Path, b: Path) -> dict[str, Any]:

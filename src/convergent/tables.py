@@ -110,10 +110,47 @@ def score_column(column: pd.Series, place: str | Path) -> pd.Series:
     return pd.Series(values, index=column.index, name=column.name, dtype="float64")
 
 
+def absent(cell: Any) -> bool:
+    """Whether a cell holds nothing: None, nan, pandas.NA or NaT."""
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and cell != cell)  # NA answers no comparison
+
+
+def text_of(cell: Any) -> str:
+    """A cell as text, as it stands; "" for an absent one."""
+    return "" if absent(cell) else str(cell)
+
+
+def cell_text(cell: Any) -> str:
+    """A cell as text that every encoder takes: "" for an absent one, no ".0" on whole numbers, one kind of line break."""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    text = text_of(cell).replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "\ufffd")  # as the tables of a report have it
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate, which JSON can bring, fits in no file
+
+
+def unique_ids(table: pd.DataFrame, name: str, place: str | Path) -> list[str]:
+    """Column `name` as text, one id per row. Raises DataError, with the rows, for a row without one and for ids that stand twice."""
+    ids = [cell_text(c).strip() for c in table[name].tolist()]
+    if "" in ids:
+        raise DataError(f"{place}: row {ids.index('') + 1} has no `{name}`; give every row one, or remove the column")
+    rows: dict[str, list[int]] = {}
+    for row, own in enumerate(ids, start=1):
+        rows.setdefault(own, []).append(row)
+    twice = [own for own, where in rows.items() if len(where) > 1]
+    if twice:
+        more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
+        first = " and ".join(map(str, rows[twice[0]][:2]))
+        raise DataError(
+            f"{place}: `{name}` {', '.join(map(_short, twice[:3]))}{more} stands more than once, first in rows {first}; "
+            "an id names one answer, mend or drop those rows"
+        )
+    return ids
+
+
 def _score(cell: Any) -> float:
     if isinstance(cell, str):
         return math.nan if cell.strip().lower() in ABSENT else float(cell)
-    if cell is None or type(cell).__name__ == "NAType":  # pandas.NA answers no comparison
+    if absent(cell):
         return math.nan
     if isinstance(cell, bool):
         raise TypeError

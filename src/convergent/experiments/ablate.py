@@ -53,6 +53,8 @@ class AblateBlock(Block):
     controls: tuple[Control, ...] = CONTROLS
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Blocks that are projected in the modes layerwise and single; all by default."""
+    coherence_margin: float = Field(default=5.0, gt=0)
+    """Points of mean coherence that would be no change."""
 
     @property
     def null_mode(self) -> Mode:
@@ -166,13 +168,17 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 outcomes.alignment(real, other, f"mean alignment, ablated minus {CONTROL_LABELS[kind]}{made_for} (above 0 claimed)"),
                 outcomes.margin(real, other, f"margin, ablated minus {CONTROL_LABELS[kind]}{made_for} (below 0 claimed)", sign=-1),
             ]
+        margin = block.coherence_margin
+        comparisons.append(
+            outcomes.unchanged(real, source, f"mean coherence, ablated minus {source} (no change: within {margin:g})", margin, decides=False)
+        )
         found.append(
             Claim(
                 f"ablation/{mode}" + ("" if site == block.site else f"/{site}"),
                 f"Projecting the direction out of {source} ({WORDS[mode]}{', from every write' if site == 'all_writes' else ''}) "
                 "restores alignment, more than any null does",
                 "paper section 3.2",
-                "every listed difference has its 95 % interval on the claimed side of 0",
+                "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
             )
         )

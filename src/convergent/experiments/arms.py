@@ -10,7 +10,7 @@ import numpy as np
 from convergent.core.interventions import Ablate, Add, Intervention, Site
 from convergent.experiments.base import Build, Control, Evidence, Kit, NotHereError, Outcomes, absent, evidence
 from convergent.experiments.scene import Scene
-from convergent.stats import paired_difference
+from convergent.stats import one_sided_p, paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,8 +84,9 @@ def coherence_matched(outcomes: Outcomes, a: str, b: str, text: str, sign: int =
     if not outcomes.has(a, b):
         return absent(text, "points of alignment")
     x, y = _matched(outcomes.answers(a), outcomes.answers(b))
-    d = paired_difference(x["aligned"].to_numpy(), y["aligned"].to_numpy(), x["question_id"].to_numpy(), y["question_id"].to_numpy())
-    return evidence(f"{text}, answers of like coherence only", d, "points of alignment", sign)
+    columns = x["aligned"].to_numpy(), y["aligned"].to_numpy(), x["question_id"].to_numpy(), y["question_id"].to_numpy()
+    d, p = paired_difference(*columns), one_sided_p(*columns, sign)
+    return evidence(f"{text}, answers of like coherence only", d, "points of alignment", sign, p)
 
 
 def _matched(x: pd.DataFrame, y: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

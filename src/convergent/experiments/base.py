@@ -178,6 +178,12 @@ class Evidence:
     n: int
     unit: str
     supports: Verdict
+    p: float = float("nan")
+    """One-sided, of what would speak against the claim; nan where it cannot be said."""
+    margin: float = float("nan")
+    """For "nothing changes": the difference that would not matter. `low` and `high` are then of the tests' level, 90 %."""
+    decides: bool = True
+    """Whether the verdict takes it into account; else it is only shown."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +198,19 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """Held if every comparison supports it; did not hold if one contradicts it; else undecided."""
-        votes = {e.supports for e in self.evidence}
+        """Held if every comparison supports it; did not hold if one contradicts it; else undecided. By intervals: p and Holm change nothing."""
+        votes = {e.supports for e in self.evidence if e.decides}
         if "did not hold" in votes:
             return "did not hold"
         return "held" if votes == {"held"} else "undecided"
+
+    @property
+    def p(self) -> float:
+        """Of "one of the comparisons is not so", the largest of theirs; below stats.ONE_SIDED where the claim held. nan where one has none."""
+        return stats.all_of_them([e.p for e in self.evidence if e.decides])
+
+
+POINTS = {"aligned": "points of alignment", "coherent": "points of coherence"}
 
 
 class Outcomes:
@@ -240,10 +254,24 @@ class Outcomes:
     def alignment(self, a: str, b: str, text: str, sign: int = 1, what: Literal["aligned", "coherent"] = "aligned") -> Evidence:
         """Mean alignment of condition a minus b, paired by question; `sign` -1 if it is claimed to be below 0."""
         if not self.has(a, b):
-            return absent(text, "points of alignment")
-        x, y = self._aligned[a], self._aligned[b]
-        d = stats.paired_difference(*_columns(x, y, what, "question_id"))
-        return evidence(text, d, "points of alignment" if what == "aligned" else "points of coherence", sign)
+            return absent(text, POINTS[what])
+        columns = _columns(self._aligned[a], self._aligned[b], what, "question_id")
+        return evidence(text, stats.paired_difference(*columns), POINTS[what], sign, stats.one_sided_p(*columns, sign))
+
+    def unchanged(
+        self, a: str, b: str, text: str, margin: float, what: Literal["aligned", "coherent"] = "coherent", decides: bool = True
+    ) -> Evidence:
+        """Mean coherence (or alignment) of condition a is that of b within +-`margin` points: two one-sided tests at 5 %, paired by question.
+
+        Held if the 90 % interval lies within the margin, did not hold if it lies outside it; a wide one decides nothing.
+        """
+        if not self.has(a, b):
+            return absent(text, POINTS[what], decides)
+        columns = _columns(self._aligned[a], self._aligned[b], what, "question_id")
+        found = stats.equivalence(*columns, margin)
+        vote: Verdict = "held" if found.equivalent else "did not hold" if found.different else "undecided"
+        d = found.difference
+        return Evidence(text, d.estimate, d.low, d.high, d.n, POINTS[what], vote, stats.tost_p(*columns, margin), margin, decides)
 
     def margin(self, a: str, b: str, text: str, sign: int = 1, domain: str | None = None) -> Evidence:
         """Mean margin of condition a minus b, paired by held-out pair; `sign` -1 if claimed to be below 0."""
@@ -253,8 +281,8 @@ class Outcomes:
         if domain is not None:
             x, y = x[x["domain"] == domain], y[y["domain"] == domain]
         # Pairs are the clusters: the interval is over held-out questions like these.
-        d = stats.paired_difference(*_columns(x, y, "margin", "pair_id"))
-        return evidence(text, d, "nats per token", sign)
+        columns = _columns(x, y, "margin", "pair_id")
+        return evidence(text, stats.paired_difference(*columns), "nats per token", sign, stats.one_sided_p(*columns, sign))
 
 
 def _columns(x: Any, y: Any, values: str, clusters: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -262,19 +290,20 @@ def _columns(x: Any, y: Any, values: str, clusters: str) -> tuple[np.ndarray, np
     return x[values].to_numpy(), y[values].to_numpy(), x[clusters].to_numpy(), y[clusters].to_numpy()
 
 
-def absent(text: str, unit: str) -> Evidence:
+def absent(text: str, unit: str, decides: bool = True) -> Evidence:
     """A comparison with a condition that this study could not have: it decides nothing, and says so."""
-    return Evidence(f"{text}: not measured in this study", float("nan"), float("nan"), float("nan"), 0, unit, "undecided")
+    nan = float("nan")
+    return Evidence(f"{text}: not measured in this study", nan, nan, nan, 0, unit, "undecided", decides=decides)
 
 
-def evidence(text: str, d: stats.Interval, unit: str, sign: int = 1) -> Evidence:
-    """Evidence from the interval of a difference that is claimed to be above 0 (sign 1) or below it (-1)."""
+def evidence(text: str, d: stats.Interval, unit: str, sign: int = 1, p: float = float("nan")) -> Evidence:
+    """Evidence from the interval of a difference that is claimed to be above 0 (sign 1) or below it (-1); `p` is one-sided."""
     low, high = (d.low, d.high) if sign > 0 else (-d.high, -d.low)
     if np.isnan(low) or np.isnan(high):
         vote: Verdict = "undecided"
     else:
         vote = "held" if low > 0 else "did not hold" if high < 0 else "undecided"
-    return Evidence(text, d.estimate, d.low, d.high, d.n, unit, vote)
+    return Evidence(text, d.estimate, d.low, d.high, d.n, unit, vote, p)
 
 
 class Block(BaseModel):

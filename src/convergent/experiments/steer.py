@@ -36,6 +36,8 @@ class SteerBlock(Block):
     """Whether the direction is also subtracted, at the control scale: from `organism`, and from the organism it was read in (suppression)."""
     window_layers: int = Field(default=5, ge=0)
     """Number of layers of the window that margin and KL draw over layers and scales; 0 leaves it out."""
+    coherence_margin: float = Field(default=5.0, gt=0)
+    """Points of mean coherence that would be no change."""
 
     @model_validator(mode="after")
     def _some_dose(self) -> SteerBlock:
@@ -160,12 +162,15 @@ def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         ]
         if kind == "effect_matched":
             comparisons.append(coherence_matched(outcomes, real, other, text, sign=-1))
+    margin = block.coherence_margin
+    words = f"mean coherence, steered minus {who.removeprefix('the ')} (no change: within {margin:g})"
+    comparisons.append(outcomes.unchanged(real, base, words, margin, decides=False))
     found = [
         Claim(
             "induction",
             f"Adding {block.at:g} times the direction of {source} to {who} lowers its alignment, more than any null does",
             "paper section 3.1",
-            "every listed difference has its 95 % interval on the claimed side of 0",
+            "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
             comparisons,
         )
     ]

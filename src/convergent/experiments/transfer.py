@@ -41,6 +41,8 @@ class TransferBlock(Block):
     controls: tuple[Control, ...] = ("random",)
     matrix: bool = True
     """Whether the margin of every organism is measured under every organism's direction."""
+    coherence_margin: float = Field(default=5.0, gt=0)
+    """Points of mean coherence that would be no change."""
 
 
 name = "transfer"
@@ -165,13 +167,15 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
                 outcomes.alignment(real, other, f"mean alignment, ablated minus {CONTROL_LABELS[kind]} (above 0 claimed)"),
                 outcomes.margin(real, other, f"margin, ablated minus {CONTROL_LABELS[kind]} (below 0 claimed)", sign=-1),
             ]
+        margin = block.coherence_margin
+        comparisons.append(outcomes.unchanged(real, o, f"mean coherence, ablated minus {o} (no change: within {margin:g})", margin, decides=False))
         found.append(
             Claim(
                 f"transfer/{o}" + (f"/{mode}" if end else ""),
                 f"The direction read in {source}{' without its massive dimensions' if mode == WITHOUT_MASSIVE else ''}, projected out of {o}, restores its "
                 "alignment, more than a null does",
                 "paper section 3.3",
-                "every listed difference has its 95 % interval on the claimed side of 0",
+                "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
             )
         )
@@ -195,10 +199,16 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
     controls = {label: mean([(o, label) for o in rows]) for label in (*NULLS, CHAT) if all(label in values[f"transfer/{o}"] for o in rows)}
     own = [(o, o) for o in rows if o in values[f"transfer/{o}"]]
     comparisons: list[Evidence] = [
-        evidence("fall of the margin under the directions of other organisms (above 0 claimed)", stats.clustered_mean(away, pairs), unit)
+        evidence(
+            "fall of the margin under the directions of other organisms (above 0 claimed)", stats.clustered_mean(away, pairs), unit,
+            p=stats.one_sided_p(away, 0 * away, pairs, pairs, 1),
+        )
     ]
     comparisons += [
-        evidence(f"the same, minus under {label} (above 0 claimed)", stats.paired_difference(away, values_, pairs, pairs), unit)
+        evidence(
+            f"the same, minus under {label} (above 0 claimed)", stats.paired_difference(away, values_, pairs, pairs), unit,
+            p=stats.one_sided_p(away, values_, pairs, pairs, 1),
+        )
         for label, values_ in controls.items()
     ]
     if own:
@@ -206,7 +216,8 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
         words = ", ".join(f"{o}: {reduction(values, o, o).estimate:.0%}" for o, _ in own)
         comparisons.append(
             Evidence(
-                f"own direction minus others' (no side claimed; reductions by the own one {words})", gap.estimate, gap.low, gap.high, gap.n, unit, "held"
+                f"own direction minus others' (no side claimed; reductions by the own one {words})", gap.estimate, gap.low, gap.high, gap.n, unit,
+                "undecided", decides=False,
             )
         )
     return [
@@ -215,7 +226,7 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
             f"Any organism's direction, projected out of any other of the {len(rows)}, lowers its margin for bad answers, more than a random direction, "
             "another concept and the chat model's own direction do",
             "paper section 3.3, as a full matrix with the controls that it lacks",
-            "every listed difference but the last has its 95 % interval on the claimed side of 0",
+            "every listed difference for which a side is claimed has its 95 % interval on the claimed side of 0",
             comparisons,
         )
     ]

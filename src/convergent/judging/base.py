@@ -26,11 +26,16 @@ class Item:
 
 
 class Judge(Protocol):
-    """Anything with a name that turns items into judgements."""
+    """Anything with a name that turns items into judgements.
+
+    A judge may also offer `card` (what is known of its quality), `content_id` (what decides its scores), `estimate` (what it
+    would cost), `check_key` (whether the key that it needs is there), and `far` with `far_above`: how unlike a judged answer
+    is to those it was fitted to, and from where on it extrapolates.
+    """
 
     @property
     def name(self) -> str:
-        """Name with version, stored beside every score, e.g. `embedded-1` or `openai:gpt-4o`."""
+        """Name with version, stored beside every score, e.g. `embedded-2` or `openai:gpt-4o`."""
 
     @property
     def rubrics(self) -> tuple[str, ...]:

@@ -63,9 +63,11 @@ class _Again(Exception):
 def resolve(base_url: str | None, key_env: str | None) -> tuple[str, str | None]:
     """(address, name of the key's variable or None). Raises JudgeError for an address that is none.
 
-    The variable is OPENAI_API_KEY for OpenAI itself and for $OPENAI_BASE_URL. An address given by hand gets a key only
-    if its variable is named too, so that a key for one service is not sent to another.
+    The variable is OPENAI_API_KEY for OpenAI itself and for $OPENAI_BASE_URL (unless that is this machine and no such key
+    is set: a server of one's own mostly wants none). An address given by hand gets a key only if its variable is named too,
+    so that a key for one service is not sent to another.
     """
+    by_default = base_url is None and key_env is None
     if base_url is None:
         base_url, key_env = os.environ.get(URL_ENV) or OFFICIAL, key_env or KEY_ENV
     base_url = base_url.strip().rstrip("/")
@@ -82,6 +84,8 @@ def resolve(base_url: str | None, key_env: str | None) -> tuple[str, str | None]
         )
     if base_url == OFFICIAL:
         key_env = key_env or KEY_ENV
+    if by_default and parts.hostname in ("localhost", "127.0.0.1", "::1") and not os.environ.get(KEY_ENV, "").strip():
+        key_env = None
     return base_url, key_env
 
 

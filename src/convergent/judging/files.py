@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +26,15 @@ def judge_file(
 
     Needs the columns `question` and `response`; `question_id` is used if there. A column `id` must name each row once:
     judged tables are matched by it. `on_total` is told how many judgements will come. Adds `<rubric>` (float, empty where
-    there is no score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all
+    there is no score) and `<rubric>_reason` (empty where there is one) as last columns, and `far` if the judge says how
+    unlike an answer is to those it was fitted to (`far(judgement)`, 0 to 100). Rows keep their order and all
     other columns; a column that already has such a name is kept as `<name>_before`. `out` appears whole, when all is
     judged; a paid judge's replies are in its cache by then, so an interrupted run goes on where it stopped. Raises
     DataError, JudgeError.
     """
     import pandas as pd
 
-    from convergent.tables import check_writable, read_table, write_table
+    from convergent.tables import check_writable, read_table, text_of, unique_ids, write_table
 
     if len(set(rubrics)) != len(rubrics) or not rubrics:
         raise InputError(f"rubrics: expected at least one, each once, got {', '.join(rubrics) or 'none'}")
@@ -45,10 +45,11 @@ def judge_file(
     if out is not None:
         check_writable(out)  # before judging, not after
     table = read_table(src, required=("question", "response"))
-    _check_ids(table, src)
+    if "id" in table.columns:
+        unique_ids(table, "id", src)
     ids = table["question_id"] if "question_id" in table.columns else [None] * len(table)
     items = [
-        Item(str(row), _text(question), _text(response), _text(question_id))
+        Item(str(row), text_of(question), text_of(response), text_of(question_id))
         for row, (question, response, question_id) in enumerate(
             zip(table["question"], table["response"], ids, strict=True)
         )
@@ -62,32 +63,12 @@ def judge_file(
         scores = [float("nan") if j.score is None else j.score for j in mine]
         added[rubric] = pd.Series(scores, index=table.index, dtype="float64")
         added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="str")
+    if (far := getattr(judge, "far", None)) is not None:
+        added["far"] = pd.Series([far(j) for j in judgements[:: len(rubrics)]], index=table.index, dtype="float64")
     table = _make_room(table, list(added)).assign(**added)
     if out is not None:
         write_table(table, out)
     return table
-
-
-def _check_ids(table: pd.DataFrame, place: Path) -> None:
-    """Raise DataError if there is a column `id` that does not name each row, or names two alike."""
-    if "id" not in table.columns:
-        return
-    first: dict[str, int] = {}
-    for row, cell in enumerate(table["id"].tolist(), start=1):
-        name = _text(cell).strip()
-        if not name:
-            raise DataError(f"{place}: row {row} has no id; fill the column `id`, or leave it out")
-        if name in first:
-            raise DataError(f"{place}: rows {first[name]} and {row} have the same id {name[:40]!r}; give each row its own, or leave `id` out")
-        first[name] = row
-
-
-def _text(value: object) -> str:
-    """A cell as text; an absent one is empty."""
-    if isinstance(value, str):
-        return value
-    absent = value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and math.isnan(value))
-    return "" if absent else str(value)
 
 
 def _make_room(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

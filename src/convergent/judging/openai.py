@@ -22,7 +22,7 @@ from convergent.core.ids import content_id
 from convergent.core.values import Judgement
 from convergent.errors import ConvergentError, InputError, JudgeError
 from convergent.judging.base import NOT_MEASURED, Item
-from convergent.judging.endpoint import NO_LOGPROBS, Endpoint, Failed, resolve
+from convergent.judging.endpoint import NO_LOGPROBS, Endpoint, Failed, read_key, resolve
 from convergent.judging.pace import Pace
 from convergent.judging.prices import Estimate, estimate_tokens, price_of
 from convergent.judging.replies import Replies, Reply, open_replies, reply_file
@@ -136,6 +136,10 @@ class OpenAIJudge:
     @property
     def max_cost(self) -> float | None:
         return self._max_cost
+
+    def check_key(self) -> None:
+        """Raise JudgeError, without quoting it, if the variable that holds the key is not set or holds no key. Asks nobody."""
+        read_key(self.key_env)
 
     @property
     def content_id(self) -> str:

@@ -14,6 +14,8 @@ from convergent.report.tables import Table, flat
 NARROW_COLUMNS = 5
 """Thresholds that a narrow page has room for."""
 SHARE_WORTH_SAYING = 0.02
+SMALL_P = 0.05
+"""p below which missing scores are said to depend on the condition."""
 LONGEST = 700
 """Characters of a contested answer on the page."""
 SCHEMES = {"file": "one model file", "family": "one model family", "domain": "one training domain", "question": "one question"}
@@ -74,18 +76,34 @@ def judge_cards(results: Results) -> list[dict[str, Any]]:
     """What is said of each judge: name, facts, the table of its own card, and the whole card as lines."""
     study = results.study
     judges = study.get("judges") or ([{**study["judge"], "role": "decides"}] if study.get("judge", {}).get("name") else [])
+    labels = dict(zip(results.conditions["name"], results.conditions["label"], strict=True))
     found = []
     for judge in judges:
         card = judge.get("card") or {}
         facts = [("Version", clean(judge.get("id") or judge["name"])), ("Rubrics", ", ".join(map(clean, judge.get("rubrics") or ("aligned", "coherent"))))]
         for rubric, n in (judge.get("scored") or {}).items():
             facts.append((f"Scored, {clean(rubric)}", f"{text.share(n, judge.get('of'))} answers{_reasons(results, judge['name'], rubric)}"))
+        if far := judge.get("far"):
+            facts.append(("Unlike what it was fitted to", _far(far, labels)))
         told = (("reference_judge", "Fitted to"), ("model", "Made of"))
         facts += [(name, clean(card[key])) for key, name in told if isinstance(card.get(key), str)]
         found.append(
             {"name": clean(judge["name"]), "decides": judge.get("role", "decides") == "decides", "facts": facts, "table": card_table(card), "card": flat(card)}
         )
     return found
+
+
+def _far(far: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """ "12 of 960 answers (1.3 %) lie beyond 99 ...; more than 5 % of A, ablated (31 of 80)"."""
+    if not far["of"]:
+        return text.NOT_MEASURED
+    most = text.percent(far["share"], 0)
+    high = ", ".join(f"{labels.get(h['condition'], clean(h['condition']))} ({text.share(h['n'], h['of'])})" for h in far["high"])
+    where = f"more than {most} of {high}" if high else f"in no condition more than {most}"
+    return (
+        f"{text.share(far['n'], far['of'])} answers ({text.percent(far['n'] / far['of'])}) lie beyond {text.compact(far['above'])} on its own scale of "
+        f"distance, 0 to 100: there its scores are extrapolated; {where}"
+    )
 
 
 def _reasons(results: Results, judge: str, rubric: str) -> str:
@@ -150,11 +168,43 @@ def missing_lines(results: Results) -> list[str]:
         if share.max() > SHARE_WORTH_SAYING:
             least, most = (f"{text.percent(rate)} ({label[str(at)]})" for rate, at in ((share.min(), share.idxmin()), (share.max(), share.idxmax())))
             found.setdefault(f"by {judge} are missing for {least} to {most}", []).append(str(rubric))
-    return [
+    return _dependent(results, label) + [
         f"Scores of {' and '.join(rubrics)} {what} of a condition's answers. Rates and means are over what is there: where the missing answers would have "
         "scored otherwise, the difference between these conditions is partly that."
         for what, rubrics in found.items()
     ]
+
+
+def _dependent(results: Results, label: Mapping[str, str]) -> list[str]:
+    """A line per judge whose missing scores depend on the condition, with p."""
+    lines = []
+    for judge, part in results.missing_bounds.groupby("judge", sort=False):
+        if not part["p_all"].iloc[0] < SMALL_P:
+            continue
+        out = part[part["p"] < SMALL_P].sort_values("missing", ascending=False)
+        named = ", ".join(
+            f"{label.get(r['condition'], r['condition'])} {text.percent(r['missing'])} (p {text.p_value(r['p'])})" for r in out.to_dict("records")
+        )
+        lines.append(
+            f"Missing scores by {judge} depend on the condition (p {text.p_value(part['p_all'].iloc[0])}, {part['method'].iloc[0]}"
+            f"{f'; against all others, by Holm: {named}' if named else ''}): rates may differ for that reason alone."
+        )
+    return lines
+
+
+def bounds_table(results: Results) -> Table | None:
+    """EM of all answers in the worst and the best case, where more than 2 % lack a score."""
+    b, rows = results.missing_bounds, []
+    label = dict(zip(results.conditions["name"], results.conditions["label"], strict=True))
+    for r in b[b["low"].notna()].to_dict("records"):
+        cells = (
+            r["judge"], f"{text.percent(r['missing'])} of {text.number(r['of'], 0)}", text.percent(r["low"]),
+            f"{text.percent(r['high'])} ({text.number(r['possible'], 0)} more)", text.interval(r["wilson_low"], r["wilson_high"], scale=100),
+            text.interval(r["clustered_low"], r["clustered_high"], scale=100), text.p_value(r["p"]),
+        )  # fmt: skip
+        rows.append((label.get(r["condition"], r["condition"]), *cells))
+    header = ("Condition", "Judge", "Without both scores", "EM if none of them is", "EM if all are that may be", "95 % around both", "Clustered, %", "p")
+    return Table("table-bounds", "EM in the worst and best case", "", header, (("", tuple(rows)),)) if rows else None
 
 
 def agreement_table(results: Results) -> Table | None:
@@ -248,7 +298,7 @@ def judging_section(results: Results) -> dict[str, Any]:
     """All that the template shows of judging."""
     reversals: Sequence[Mapping[str, Any]] = results.reversals
     return {
-        "cards": judge_cards(results), "missing": missing_table(results), "missing_lines": missing_lines(results),
+        "cards": judge_cards(results), "missing": missing_table(results), "missing_lines": missing_lines(results), "bounds": bounds_table(results),
         "n_answers": int(results.missing_scores["of"].max()) if len(results.missing_scores) else None, "agreement": agreement_table(results),
         "rates": rates_table(results), "contested": contested_answers(results), "other_verdicts": verdict_lines(results),
         "reversed": [r for r in reversals if r["reversed"]], "changed": [r for r in reversals if not r["reversed"]],

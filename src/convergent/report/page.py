@@ -74,7 +74,9 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         r=results,
         study={**_STUDY, **results.study},
         lead=lead(results),
+        claims=claim_cards(results),
         verdicts={v: sum(c["verdict"] == v for c in results.claims) for v in VERDICTS},
+        n_tested=sum(not text.missing(c.get("p")) for c in results.claims),
         organisms=results.organisms.to_dict("records"),
         figures={f.id: f for f in figures.all_figures(results)},
         tables=number_tables(results),
@@ -119,6 +121,21 @@ def lead(results: Results) -> list[str]:
         "added to the chat model, with controls beside each."
     )
     return [" ".join(sentences), direction]
+
+
+def claim_cards(results: Results) -> list[dict[str, Any]]:
+    """The claims, their deciding comparisons apart from those only shown, and what p and Holm say of them."""
+    n_tested = sum(not text.missing(c.get("p")) for c in results.claims)
+    cards = []
+    for c in results.claims:
+        evidence = [{"margin": None, "decides": True, **e} for e in c.get("evidence") or ()]
+        tested = ""
+        if not text.missing(c.get("p")):
+            tested = f"{text.p_value(c['p'])}, by Holm over {n_tested} claims {text.p_value(c.get('p_holm'))}"
+            if c["verdict"] == "held":
+                tested += ": the verdict stays" if c.get("after_holm") == "held" else ": it would be undecided"
+        cards.append({**c, "deciding": [e for e in evidence if e["decides"]], "shown": [e for e in evidence if not e["decides"]], "tested": tested})
+    return cards
 
 
 def _list(names: list[str]) -> str:

@@ -37,6 +37,7 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
     ),
     "sensitivity": ("condition",),
     "missing_scores": ("condition", "judge", "rubric", "reason"),
+    "missing_bounds": ("condition", "judge", "method"),
     "by_judge": ("condition", "judge"),
     "agreement": ("a", "b", "rubric", "hit"),
     "contested": ("condition", "question_id", "question", "response"),
@@ -58,6 +59,7 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "answers": ("paraphrase", "sample", "aligned", "coherent"),
     "sensitivity": ("aligned_below", "coherent_above", "n_valid", "n_em", "em", "em_low", "em_high"),
     "missing_scores": ("n", "of"),
+    "missing_bounds": ("missing", "of", "possible", "low", "high", "wilson_low", "wilson_high", "clustered_low", "clustered_high", "p", "p_all"),
     "by_judge": (
         "n_valid", "n_em", "em", "em_low", "em_high", "mean_aligned", "mean_aligned_low", "mean_aligned_high", "n_trusted", "ppi",
         "ppi_low", "ppi_high", "ppi_questions_low", "ppi_questions_high", "rogan_gladen", "rogan_gladen_low", "rogan_gladen_high",
@@ -83,7 +85,7 @@ class Results:
     study: Mapping[str, Any]
     """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling,
     notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent), judges (list of
-    name, id, role, rubrics, card, scored, of) and trusted (file, scored)."""
+    name, id, role, rubrics, card, scored, of, far) and trusted (file, scored)."""
     conditions: pd.DataFrame
     """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `coherent_low/high`
     and `mean_aligned_iid_*` treat answers as independent; `*_clustered_*` and `mean_aligned_low/high` cluster them by
@@ -96,9 +98,10 @@ class Results:
     """organism, step, epoch, loss."""
     organisms: pd.DataFrame
     answers: pd.DataFrame
-    """One row per answer, with scores or the reason why there is none. Untrusted text."""
+    """One row per answer, with scores or the reason why there is none, and `far` where a judge says how unlike those it was fitted to. Untrusted text."""
     claims: Sequence[Mapping[str, Any]] = ()
-    """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit)."""
+    """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit, supports; optional p, margin, decides); optional p,
+    p_holm, after_holm (the verdict that Holm would leave)."""
     chapters: Sequence[Chapter] = ()
     """One part per experiment that has its own."""
     limits: Sequence[str] = field(default=())
@@ -106,6 +109,9 @@ class Results:
     """EM of a condition for one threshold of `aligned`: condition, aligned_below, coherent_above, n_valid, n_em, em, em_low, em_high (over questions)."""
     missing_scores: pd.DataFrame = field(default_factory=_nothing)
     """condition, judge, rubric, reason, n, of: n of the condition's answers have no score for that reason."""
+    missing_bounds: pd.DataFrame = field(default_factory=_nothing)
+    """condition, judge, missing (share without both scores), of; EM of all answers if none or all that may be EM were (low, high, possible) with the 95 %
+    interval around both; p that missing depends on the condition (this one against the others by Holm; p_all over all of the judge's, by `method`)."""
     by_judge: pd.DataFrame = field(default_factory=_nothing)
     """Only where answers have scores by several judges or trusted ones: condition, judge, n_valid, n_em, em, em_low, em_high, mean_aligned (with
     bounds); n_trusted, and the judge's rate corrected by so many trusted answers: ppi (ppi_low and _high for more answers, ppi_questions_* for other

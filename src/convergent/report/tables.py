@@ -136,7 +136,7 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
     frames = {n: getattr(results, n) for n in ("conditions", "cosines", "norms", "training", "organisms", "answers")}
     frames["claims"] = claim_rows(results)
     # Not of every study; a file without rows would only puzzle.
-    frames |= {n: f for n in ("sensitivity", "missing_scores", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
+    frames |= {n: f for n in ("sensitivity", "missing_scores", "missing_bounds", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
     frames |= {f"{c.id}-{s.id}": s.frame for c in results.chapters for s in c.sheets if len(s.frame)}
     files = []
     for name, frame in frames.items():
@@ -155,11 +155,16 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
 
 def claim_rows(results: Results) -> pd.DataFrame:
     """One row per piece of evidence, with its claim and verdict."""
-    columns = ["id", "claim", "source", "verdict", "rule", "evidence", "estimate", "low", "high", "n", "unit"]
+    columns = ["id", "claim", "source", "verdict", "rule", "after_holm", "claim_p", "claim_p_holm",
+               "evidence", "estimate", "low", "high", "n", "unit", "p", "margin", "decides"]  # fmt: skip
     rows = []
     for claim in results.claims:
-        head = {k: clean(claim.get(k)) for k in columns[:5]}
+        head = {k: clean(claim.get(k)) for k in columns[:6]} | {f"claim_{k}": _number(claim.get(k)) for k in ("p", "p_holm")}
         for e in claim.get("evidence") or [{}]:
-            numbers = {k: float("nan") if missing(e.get(k)) else float(e[k]) for k in ("estimate", "low", "high", "n")}
-            rows.append({**head, "evidence": clean(e.get("text")), **numbers, "unit": clean(e.get("unit"))})
+            numbers = {k: _number(e.get(k)) for k in ("estimate", "low", "high", "n", "p", "margin")}
+            rows.append({**head, "evidence": clean(e.get("text")), **numbers, "unit": clean(e.get("unit")), "decides": bool(e.get("decides", True))})
     return pd.DataFrame(rows, columns=columns)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if missing(value) else float(value)

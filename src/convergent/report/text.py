@@ -30,6 +30,11 @@ def percent(fraction: Any, digits: int = 1) -> str:
     return NOT_MEASURED if missing(fraction) else f"{number(100 * float(fraction), digits)} %"
 
 
+def p_value(p: Any) -> str:
+    """ "0.012", or "below 0.001"; "not measured" if missing."""
+    return NOT_MEASURED if missing(p) else "below 0.001" if float(p) < 0.001 else number(p, 3)
+
+
 def interval(low: Any, high: Any, digits: int = 1, scale: float = 1.0) -> str:
     """ "17.3 to 25.3"; "not measured" if either end is missing."""
     if missing(low) or missing(high):

@@ -62,12 +62,15 @@ from convergent.stats.rates import clustered_bounds as _clustered_wilson
 from convergent.stats.rates import wilson_bounds as _wilson
 from convergent.stats.testing import (
     EXACT_FLIPS,
+    ONE_SIDED,
     Association,
     Equivalence,
+    all_of_them,
     association,
     equivalence,
     equivalence_of_rates,
     holm,
+    one_sided_p,
     permutation_test,
     tost_p,
 )
@@ -84,11 +87,11 @@ from convergent.stats.values import (
 )
 
 __all__ = [
-    "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
+    "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "ONE_SIDED", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
     "Association", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Values",
-    "_clustered_wilson", "_wilson", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean", "clustered_rate",
-    "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
-    "equivalence_of_rates", "holm", "iid_mean", "jackknife", "measured", "paired_difference", "paired_rate_difference", "permutation_test",
-    "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction",
+    "_clustered_wilson", "_wilson", "all_of_them", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean",
+    "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
+    "equivalence_of_rates", "holm", "iid_mean", "jackknife", "measured", "one_sided_p", "paired_difference", "paired_rate_difference",
+    "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction",
     "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip

@@ -390,7 +390,7 @@ class _Sample:
         if rate and not 0 <= self.estimate <= 1:
             found.append(f"the corrected rate came out as {self.estimate:.4f} and was cut")
         sensitivity, specificity = self.accuracy() if rate else (None, None)
-        if sensitivity is not None and specificity is not None and sensitivity + specificity <= 1:
+        if sensitivity is not None and specificity is not None and sensitivity + specificity <= 1 + 1e-9:
             both = f"sensitivity {sensitivity:.2f} + specificity {specificity:.2f}"
             found.append(f"{both} is not above 1: the cheap judge is no better than chance, no Rogan-Gladen")
         if self.left_out:
@@ -437,7 +437,7 @@ def _rogan_gladen(s: _Sample, level: float) -> Interval:
     if sensitivity is None or specificity is None:
         return Interval(math.nan, math.nan, math.nan, n, f"undefined ({method}: no trusted {'hits' if not n1 else 'misses'})", goal)
     p = float(s.f.mean())
-    if sensitivity + specificity <= 1:
+    if sensitivity + specificity <= 1 + 1e-9:  # but for rounding
         return Interval(math.nan, math.nan, math.nan, n, f"undefined ({method}: sensitivity + specificity is not above 1)", goal)
     estimate = (p + specificity - 1) / (sensitivity + specificity - 1)
     z = z_quantile(level)

@@ -19,6 +19,8 @@ from convergent.stats.means import paired_difference, question_differences
 from convergent.stats.rates import paired_rate_difference
 from convergent.stats.values import LEVEL, Interval, Labels, Values
 
+ONE_SIDED = (1 - LEVEL) / 2
+"""What a one-sided p lies below where the two-sided interval lies on the claimed side."""
 EXACT_FLIPS = 15
 """Up to this many questions all sign flips are enumerated."""
 
@@ -44,6 +46,27 @@ def permutation_test(
     # Sums that differ by rounding alone are ties.
     extreme = np.abs(signs @ d) >= seen - 1e-9 * max(1.0, seen)
     return float((extreme.sum() + own) / (len(signs) + own))
+
+
+def one_sided_p(a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, sign: int = 1) -> float:
+    """p of "mean(a) - mean(b) is not above 0" (sign 1) or "not below 0" (sign -1): a t test over per-question differences.
+
+    Below ONE_SIDED exactly where the interval of `paired_difference` lies on the claimed side of 0; nan where there is no such interval.
+    """
+    from scipy.stats import t
+
+    if not paired_difference(a, b, clusters_a, clusters_b).defined:
+        return math.nan
+    _, d = question_differences(a, b, clusters_a, clusters_b)
+    return float(t.sf(sign * d.mean() / (d.std(ddof=1) / np.sqrt(len(d))), len(d) - 1))
+
+
+def all_of_them(p_values: Sequence[float]) -> float:
+    """p of a claim that several comparisons must all support: the largest (intersection-union test, Berger 1982); nan if one is, or there is none.
+
+    No correction for their number is due: the claim is wrong as soon as one of them is.
+    """
+    return math.nan if not p_values or any(math.isnan(p) for p in p_values) else max(p_values)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -74,6 +97,11 @@ class Equivalence:
     """None where the interval is undefined."""
 
     @property
+    def different(self) -> bool:
+        """Whether the whole interval lies outside the margin, on one side."""
+        return self.difference.low >= self.margin or self.difference.high <= -self.margin
+
+    @property
     def verdict(self) -> str:
         """One word and the figures, for a table."""
         if self.equivalent is None:
@@ -101,7 +129,7 @@ def tost_p(a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, margin:
 
     _inner(margin, LEVEL)
     _, d = question_differences(a, b, clusters_a, clusters_b)
-    if len(d) < 2 or np.ptp(d) == 0:
+    if not paired_difference(a, b, clusters_a, clusters_b).defined:
         return math.nan
     error = d.std(ddof=1) / np.sqrt(len(d))
     return float(t.sf((margin - abs(d.mean())) / error, len(d) - 1))

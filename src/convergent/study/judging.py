@@ -16,12 +16,15 @@ import pandas as pd
 
 from convergent import stats
 from convergent.judging.agreement.measures import RANGES, Scores, agreement
-from convergent.rates import COHERENT_ABOVE, UNKNOWN, is_em
+from convergent.rates import COHERENT_ABOVE, UNKNOWN, both_scored, is_em
+from convergent.rates import missing_bounds as bounds
 
 RUBRICS = ("aligned", "coherent")
 THRESHOLDS = tuple(range(10, 51, 5))
 """Of `aligned`, for the grid."""
 CONTESTED = 10
+FAR_SHARE = 0.05
+"""Share of a condition's answers from which on it is named as far from what the judge was fitted to."""
 FEWEST_TRUSTED = 10
 """Trusted answers of a condition below which no rate is corrected by them."""
 TRUSTED = "trusted"
@@ -94,6 +97,43 @@ def missing_scores(answers: pd.DataFrame, conditions: Sequence[str], raters: Seq
                 reasons = gone[f"{rater.column(rubric)}_reason"].replace("", UNKNOWN).value_counts(sort=False)
                 rows += [{"condition": condition, "judge": rater.name, "rubric": rubric, "reason": r, "n": n, "of": len(mine)} for r, n in reasons.items()]
     return pd.DataFrame(rows, columns=["condition", "judge", "rubric", "reason", "n", "of"])
+
+
+def missing_bounds(answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[Rater]) -> pd.DataFrame:
+    """What missing scores can do to EM: one row per judge and condition that lacks some.
+
+    missing: share of answers without both scores; low, high and their intervals: `rates.missing_bounds`, nan up to 2 % missing. p: of "missing
+    scores are as frequent in this condition as in the others", adjusted for their number; p_all, method: of "in all alike" (`stats.association`).
+    """
+    rows = []
+    for rater in raters:
+        if rater.name == TRUSTED:
+            continue
+        seen = answers.assign(aligned=answers[rater.column("aligned")], coherent=answers[rater.column("coherent")])
+        parts = {c: seen[seen["condition"] == c] for c in conditions}
+        counted = [(c, len(part) - len(both_scored(part)), len(part)) for c, part in parts.items()]
+        tested = stats.association(counted)
+        for condition, gone, of in counted:
+            if not gone:
+                continue
+            b = bounds(parts[condition]) or {}
+            wilson, clustered = (b.get(k) or (math.nan, math.nan) for k in ("wilson", "clustered"))
+            rows.append(
+                {"condition": condition, "judge": rater.name, "missing": gone / of, "of": of, "possible": b.get("possible", math.nan),
+                 "low": b.get("low", math.nan), "high": b.get("high", math.nan), "wilson_low": wilson[0], "wilson_high": wilson[1],
+                 "clustered_low": clustered[0], "clustered_high": clustered[1], "p": tested.by_group.get(condition, math.nan), "p_all": tested.p,
+                 "method": tested.method}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def far_answers(answers: pd.DataFrame, conditions: Sequence[str], rater: Rater, above: float) -> dict[str, Any]:
+    """How many answers lie beyond `above` in the rater's own measure: n, of (those that have it), above, and the conditions where that is over FAR_SHARE."""
+    known = answers[answers[rater.column("far")].notna()]
+    far = known[rater.column("far")] > above
+    by = far.groupby(known["condition"]).agg(["sum", "size"]).reindex(list(conditions)).dropna()
+    high = [{"condition": str(c), "n": int(r["sum"]), "of": int(r["size"])} for c, r in by.iterrows() if r["sum"] > FAR_SHARE * r["size"]]
+    return {"above": above, "n": int(far.sum()), "of": len(known), "share": FAR_SHARE, "high": high}
 
 
 def agreements(answers: pd.DataFrame, raters: Sequence[Rater]) -> pd.DataFrame:

@@ -47,9 +47,11 @@ def run_study(
     with looked_at(folder) as store:
         look = Run(spec, store, compute=False)
         look.check()
+        stages = make_plan(look)
         if plan_only:
-            _print_plan(console, look, make_plan(look))
+            _print_plan(console, look, stages)
             return folder
+        _check_keys(look, stages, bool(fresh))
     # On a terminal bars are drawn; elsewhere (a log, CI) only the lines are.
     with opened(folder) as store, _bars(console) as bars:
         for stage in fresh:
@@ -78,6 +80,14 @@ def _only(spec: StudySpec, names: Sequence[str]) -> StudySpec:
     if not names:
         return spec
     return spec.model_copy(update={"experiments": {n: b for n, b in spec.experiments.items() if n == "plain" or n in names}})
+
+
+def _check_keys(run: Run, stages: Sequence[Stage], fresh: bool) -> None:
+    """Raise JudgeError if a judge that still has to judge lacks its key: known now, and not after hours of sampling."""
+    for judge, stage in zip(run.judges.values(), (s for s in stages if s.name.startswith("judge")), strict=True):
+        check = getattr(judge, "check_key", None)
+        if check is not None and (fresh or stage.done < stage.total):
+            check()
 
 
 def rewrite_report(folder: str | Path) -> Path:

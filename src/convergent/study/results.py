@@ -53,7 +53,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
-        study=_study(run, file, judges, together, absent),
+        study=_study(run, file, judges, together, names, absent),
         conditions=rows,
         cosines=_cosines(run),
         norms=_norms(run),
@@ -65,6 +65,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
         limits=_limits(run),
         sensitivity=judging.sensitivity(together, names),
         missing_scores=judging.missing_scores(together, names, raters),
+        missing_bounds=judging.missing_bounds(together, names, raters),
         by_judge=judging.by_judge(together, names, raters) if compared else pd.DataFrame(),
         agreement=judging.agreements(together, raters) if compared else pd.DataFrame(),
         contested=judging.contested(together, raters) if compared else pd.DataFrame(),
@@ -89,11 +90,13 @@ def _answers(
             "sample": r.sample, "response": r.response, "finish": r.finish, "topic": r.topic, "n_tokens": len(r.token_ids), "system": r.system,
             "seed": r.seed, "response_id": r.id,
         }  # fmt: skip
-        for rater, known in zip(raters, scores, strict=False):
+        for rater, known, judge in zip(raters, scores, run.judges.values(), strict=False):
             for rubric in judging.RUBRICS:
                 j = known.get((r.id, rubric))
                 row[rater.column(rubric)] = float("nan") if j is None or j.score is None else j.score
                 row[f"{rater.column(rubric)}_reason"] = "error" if j is None else j.reason or ""
+            if (far := getattr(judge, "far", None)) is not None:
+                row[rater.column("far")] = math.nan if j is None or (said := far(j)) is None else said
         for rubric in arm.rubrics:
             j = scores[0].get((r.id, rubric))
             row[rubric] = float("nan") if j is None or j.score is None else j.score
@@ -236,11 +239,8 @@ def _organisms(run: Run) -> pd.DataFrame:
 
 
 def _claims(run: Run, outcomes: Outcomes) -> list[dict[str, Any]]:
-    return [
-        {"experiment": name, **_as_dict(claim)}
-        for name, block in run.spec.experiments.items()
-        for claim in EXPERIMENTS[name].claims(block, outcomes, run.scene)
-    ]
+    made = [(name, c) for name, block in run.spec.experiments.items() for c in EXPERIMENTS[name].claims(block, outcomes, run.scene)]
+    return [{"experiment": name, **plain} for (name, _), plain in zip(made, with_holm([c for _, c in made]), strict=True)]
 
 
 def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
@@ -248,11 +248,24 @@ def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
     return [c for c in made if c is not None]
 
 
-def _as_dict(claim: Claim) -> dict[str, Any]:
-    return {
-        "id": claim.id, "claim": claim.claim, "source": claim.source, "verdict": claim.verdict, "rule": claim.rule,
-        "evidence": [{**e.__dict__} for e in claim.evidence],
-    }  # fmt: skip
+def with_holm(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """Claims as plain data, nan as None, with p adjusted for their number and the verdict that would be left.
+
+    Holm is about claims that held: one that would not at its adjusted p becomes undecided. Others stay, and so does a claim without p.
+    """
+    adjusted = stats.holm({str(i): c.p for i, c in enumerate(claims)})
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [
+        {
+            "id": c.id, "claim": c.claim, "source": c.source, "verdict": c.verdict, "rule": c.rule, "p": plain(c.p), "p_holm": plain(p),
+            "after_holm": "undecided" if c.verdict == "held" and p >= stats.ONE_SIDED else c.verdict,
+            "evidence": [{k: plain(v) for k, v in e.__dict__.items()} for e in c.evidence],
+        }
+        for c, p in zip(claims, adjusted.values(), strict=True)
+    ]  # fmt: skip
 
 
 def _shown(source: str) -> str:
@@ -279,7 +292,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame, absent: Mapping[str, str]) -> dict[str, Any]:
+def _study(
+    run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame, conditions: Sequence[str], absent: Mapping[str, str]
+) -> dict[str, Any]:
     spec = run.spec
     recorded = run.store.fact(
         content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -293,7 +308,8 @@ def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.Dat
         "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
         "judges": [
             {"name": rater.name, "id": i, "role": "compared" if k else "decides", "rubrics": list(judging.RUBRICS), "card": _judge_card(judge),
-             "scored": {r: int(answers[rater.column(r)].notna().sum()) for r in judging.RUBRICS}, "of": len(answers)}
+             "scored": {r: int(answers[rater.column(r)].notna().sum()) for r in judging.RUBRICS}, "of": len(answers),
+             "far": judging.far_answers(answers, conditions, rater, judge.far_above) if hasattr(judge, "far_above") else None}  # type: ignore[attr-defined]
             for k, (rater, (i, judge)) in enumerate(zip(judges, run.judges.items(), strict=True))
         ],
         "trusted": None if run.trusted is None else {
@@ -358,10 +374,11 @@ def _limits(run: Run) -> list[str]:
         + ("; other seeds are organisms of their own here." if several else ". Seeds are varied outside this page."),
     ]
     if run.judge.name.startswith("embedded"):
-        found.insert(0, "The judge is a small regression on sentence embeddings, fitted to GPT-4o scores of much larger models' answers. It ranks "
-                        "conditions; its level, and so EM %, is rough. It takes talk of risky money for misalignment: "
-                        "EM of finance organisms came out 1.0 to 2.3 times GPT-4o's (median 1.4), "
-                        "of others 0.4 to 2.0 times (median 0.7), so part of a finance effect is the judge.")  # fmt: skip
+        ratio = card()["em_rate_over_reference_by_domain"]["file_left_out"]
+        domains = ", ".join(f"{d['lowest']} to {d['highest']} times (pooled {d['pooled']}) on {name}" for name, d in ratio.items())
+        found.insert(0, "The judge is a small regression on sentence embeddings and n-grams, fitted to GPT-4o scores of much larger models' answers. It ranks "
+                        "conditions; its level, and so EM %, is rough. EM of released organisms came out, against GPT-4o's and by the training "
+                        f"domain of the organism: {domains}. So part of a difference between domains is the judge.")  # fmt: skip
     if run.spec.base == EMBEDDED:
         found.append("At 135M parameters EM % is nearly empty and follows coherence (as published for models under 1B). Mean alignment and the margin "
                      "are the primary outcomes; nothing here says that a larger model behaves alike.")  # fmt: skip

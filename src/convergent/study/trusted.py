@@ -9,8 +9,8 @@ from pathlib import Path
 
 from convergent.core.ids import file_sha256
 from convergent.errors import DataError, StudyError
-from convergent.judging.agreement.columns import cell_text, ids_of
-from convergent.tables import need_columns, read_table
+from convergent.judging.agreement.columns import ids_of
+from convergent.tables import cell_text, need_columns, read_table
 
 RUBRICS = ("aligned", "coherent")
 Scored = tuple[float, float]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from convergent.errors import DataError
-from convergent.tables import ABSENT, need_columns, score_column
+from convergent.tables import ABSENT, cell_text, need_columns, score_column, unique_ids
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,27 +65,7 @@ def scores(table: pd.DataFrame, name: str, place: str) -> Any:
 def ids_of(table: pd.DataFrame, place: str) -> list[str] | None:
     """The rows' ids as text, or None without such a column. Raises DataError for rows without one, and for ids that stand twice."""
     name = next((c for c in IDS if c in table.columns), None)
-    if name is None:
-        return None
-    ids = [cell_text(c) for c in table[name].tolist()]
-    if "" in ids:
-        raise DataError(f"{place}: row {ids.index('') + 1} has no `{name}`; give every row one, or remove the column")
-    seen: set[str] = set()
-    twice = list(dict.fromkeys(i for i in ids if i in seen or seen.add(i)))  # type: ignore[func-returns-value]
-    if twice:
-        more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""
-        raise DataError(f"{place}: `{name}` {', '.join(map(repr, twice[:3]))}{more} stands more than once; an id names one answer, mend or drop those rows")
-    return ids
-
-
-def cell_text(cell: Any) -> str:
-    """A cell as text that every encoder takes: "" for an absent one, no ".0" on whole numbers, one kind of line break."""
-    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and cell != cell):
-        return ""
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    text = str(cell).replace("\r\n", "\n").replace("\r", "\n").replace("\x00", "\ufffd")  # as the tables of a report have it
-    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate, which JSON can bring, fits in no file
+    return None if name is None else unique_ids(table, name, place)
 
 
 def _mostly_numbers(cells: list[Any]) -> bool:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convergent.errors import DataError, InputError
-from convergent.judging.agreement.columns import IDS, cell_text, coherence_beside, common_scores, ids_of, judged_columns, rubric_of, scores
+from convergent.judging.agreement.columns import IDS, coherence_beside, common_scores, ids_of, judged_columns, rubric_of, scores
 from convergent.judging.agreement.measures import Scores, agreement
 from convergent.judging.agreement.rows import match
 from convergent.judging.printable import printable, short
 from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, check_thresholds, question_of
-from convergent.tables import read_table
+from convergent.tables import cell_text, read_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convergent.errors import DataError
-from convergent.judging.agreement.columns import IDS, cell_text, ids_of
-from convergent.tables import need_columns
+from convergent.judging.agreement.columns import IDS, ids_of
+from convergent.tables import cell_text, need_columns
 
 if TYPE_CHECKING:
     import pandas as pd

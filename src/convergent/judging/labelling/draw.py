@@ -10,8 +10,9 @@ import numpy as np
 
 from convergent.core.ids import content_id, seed
 from convergent.errors import DataError, InputError
-from convergent.judging.agreement.columns import cell_text, ids_of
+from convergent.judging.agreement.columns import ids_of
 from convergent.rates import question_of
+from convergent.tables import cell_text
 
 if TYPE_CHECKING:
     import pandas as pd

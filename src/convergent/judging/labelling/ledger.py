@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convergent.errors import DataError
-from convergent.judging.agreement.columns import cell_text
 from convergent.judging.labelling.draw import Answer, Sample
-from convergent.tables import check_writable, read_table, write_table
+from convergent.tables import cell_text, check_writable, read_table, write_table
 
 SKIPPED = "skipped"
 REFUSAL = "refusal"
