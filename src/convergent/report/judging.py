@@ -181,10 +181,8 @@ def _dependent(results: Results, label: Mapping[str, str]) -> list[str]:
     for judge, part in results.missing_bounds.groupby("judge", sort=False):
         if not part["p_all"].iloc[0] < SMALL_P:
             continue
-        out = part[part["p"] < SMALL_P].sort_values("missing", ascending=False)
-        named = ", ".join(
-            f"{label.get(r['condition'], r['condition'])} {text.percent(r['missing'])} (p {text.p_value(r['p'])})" for r in out.to_dict("records")
-        )
+        out = part[part["p"] < SMALL_P].sort_values("missing", ascending=False).to_dict("records")
+        named = ", ".join(f"{label.get(r['condition'], r['condition'])} {text.percent(r['missing'])} (p {text.p_value(r['p'])})" for r in out)
         lines.append(
             f"Missing scores by {judge} depend on the condition (p {text.p_value(part['p_all'].iloc[0])}, {part['method'].iloc[0]}"
             f"{f'; against all others, by Holm: {named}' if named else ''}): rates may differ for that reason alone."
