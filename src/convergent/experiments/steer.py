@@ -109,5 +109,6 @@ def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "paper section 3.1",
             "every listed difference has its 95 % interval on the claimed side of 0",
             comparisons,
+            paper="induction" if base == "chat" else "",
         )
     ]

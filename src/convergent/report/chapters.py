@@ -53,12 +53,12 @@ def _chart(chapter: str, chart: Chart, style: Mapping[str, Style]) -> Figure:
     desc = f"{len(chart.panels)} panel{'s' if len(chart.panels) != 1 else ''}: {'; '.join(p.title for p in chart.panels)}. Series: {', '.join(labels)}."
     if any(p.null is not None for p in chart.panels):
         desc += " In brackets 95 % intervals; chance: the shaded band."
-    groups = tuple((p.title if len(chart.panels) > 1 else "", _panel_rows(p, labels)) for p in chart.panels)
+    groups = tuple((p.title if len(chart.panels) > 1 else "", _panel_rows(p, labels, any(q.null is not None for q in chart.panels))) for p in chart.panels)
     header = (" / ".join(dict.fromkeys(p.x_label for p in chart.panels)), *labels, *(["Chance"] if any(p.null is not None for p in chart.panels) else []))
     return Figure(id_, chart.title, chart.caption, desc, draw_panels(id_, chart, style), "", tuple(legend(chart, style)), header, groups=groups)
 
 
-def _panel_rows(panel: Panel, labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _panel_rows(panel: Panel, labels: Sequence[str], chance: bool) -> tuple[tuple[str, ...], ...]:
     """A row per x, a cell per series: the value and, in brackets, its interval; the band of chance last."""
     cells = {(s.label, float(x)): _cell(s, i) for s in panel.series for i, x in enumerate(s.x)}
     band = {float(x): interval(low, high, 3) for x, low, high in zip(*panel.null, strict=True)} if panel.null is not None else {}
@@ -66,7 +66,7 @@ def _panel_rows(panel: Panel, labels: Sequence[str]) -> tuple[tuple[str, ...], .
     for x in sorted({x for _, x in cells} | set(band)):
         whole = panel.ticks is not None and float(x).is_integer() and 0 <= x < len(panel.ticks)
         name = panel.ticks[int(x)] if whole and panel.ticks is not None else _x(x)
-        rows.append((clean(name), *(cells.get((label, x), NONE) for label in labels), *([band.get(x, NONE)] if band else [])))
+        rows.append((clean(name), *(cells.get((label, x), NONE) for label in labels), *([band.get(x, NONE)] if chance else [])))
     return tuple(rows)
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from convergent.report import svg
 from convergent.report.lines import segments
-from convergent.report.results import GROUPS, ROLES
+from convergent.report.results import GROUPS, ROLES, heading
 from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
 from convergent.report.text import NOT_MEASURED, interval, missing, number
 
@@ -58,7 +58,7 @@ def dot_figure(id_: str, title: str, frame: pd.DataFrame, panels: Sequence[Panel
         ]
     rows = []
     for row in frame.to_dict("records"):
-        cells = [row["label"], GROUPS.get(row["group"], row["group"]), ROLES[row["role"]]]
+        cells = [row["label"], heading(row["group"]), ROLES[row["role"]]]
         for p in panels:
             cells.append(number(scaled(row, p.column, p), p.digits))
             for stem in filter(None, (p.thin, p.band)):
@@ -102,7 +102,7 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
     ]
     y, heads, places = float(top), [], {}
     for group in order:
-        heads.append((y + head - 14, GROUPS.get(group, group)))
+        heads.append((y + head - 14, heading(group)))
         y += head
         for i in frame.index[frame["group"] == group]:
             places[i] = y + step / 2 + (0 if wide else 8)

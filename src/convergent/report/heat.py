@@ -86,32 +86,32 @@ def _layout(grid: Grid, wide: bool) -> tuple[tuple[float, float], Any]:
     upright = longest_word > room or max((len(h) for h in heads), default=1) > 3
     if upright:
         heads = [[_cut(c, 24)] for c in grid.columns]
-        head = max((len(h[0]) for h in heads), default=1) * CHARACTER * font + 12
-    else:
-        head = max((len(h) for h in heads), default=1) * 1.25 * font + 10
     step = 28.0 if wide else 42.0
-    block = head + step * len(grid.rows) + 12
-    plan = (width, left, each, font, head, step, block, per_block, upright, wide)
-    return (width, block * blocks), partial(_draw, grid=grid, values=values, heads=heads, plan=plan)
+    tops, top = [], 0.0  # of the cells of each block; the heads stand above them
+    for first in range(0, columns, per_block):
+        mine = heads[first : first + per_block]
+        top += max((len(h[0]) for h in mine), default=1) * CHARACTER * font + 12 if upright else max(map(len, mine), default=1) * 1.25 * font + 10
+        tops.append(top)
+        top += step * len(grid.rows) + 14
+    return (width, top), partial(_draw, grid=grid, values=values, heads=heads, plan=(left, each, font, step, tops, per_block, upright, wide))
 
 
 def _draw(fig: Canvas, grid: Grid, values: np.ndarray, heads: Sequence[Sequence[str]], plan: tuple[Any, ...]) -> None:
-    _, left, each, font, head, step, block, per_block, upright, wide = plan
+    left, each, font, step, tops, per_block, upright, wide = plan
     page = svg.canvas(fig)
     strength = _strengths(values, grid.middle)
     bar = step - 3 if wide else 22.0
-    for first in range(0, len(grid.columns), per_block):
-        top = block * (first // per_block)
+    for first, top in zip(range(0, len(grid.columns), per_block), tops, strict=True):
         shown = range(first, min(first + per_block, len(grid.columns)))
         for j in shown:
             x = left + (j - first + 0.5) * each
             if upright:
-                page.text(x, top + head - 6, heads[j][0], fontsize=font - 0.5, rotation=90, va="bottom", ha="center", color=svg.INK)
+                page.text(x, top - 6, heads[j][0], fontsize=font - 0.5, rotation=90, va="bottom", ha="center", color=svg.INK)
             for n, line in enumerate([] if upright else heads[j]):
-                at = top + head - 6 - 1.25 * font * (len(heads[j]) - n - 0.5)
+                at = top - 6 - 1.25 * font * (len(heads[j]) - n - 0.5)
                 page.text(x, at, line, fontsize=font - 0.5, va="center", ha="center", color=svg.INK)
         for i, name in enumerate(grid.rows):
-            y = top + head + step * (i + 0.5) + (0 if wide else 8)
+            y = top + step * (i + 0.5) + (0 if wide else 8)
             most = int((left - 8) / (CHARACTER * font)) if wide else 56
             page.text(0, y if wide else y - 19, _cut(name, most), fontsize=font, va="center", color=svg.INK)
             for j in shown:

@@ -71,10 +71,11 @@ def legend(chart: Chart, style: Mapping[str, Style]) -> list[Legend]:
 def draw_panels(id_: str, chart: Chart, style: Mapping[str, Style]) -> str:
     """The panels as SVG elements, in order; one series may stand in several, its style is the same."""
     drawings = []
-    for k, panel in enumerate(chart.panels):
-        title = wrap(panel.title, 54) or [""]
-        top = 8 + 18 * len(title)
-        height, draw = _rows(panel, style, top) if panel.ticks is not None else (top + PLOT + 48, partial(_lines, panel=panel, style=style, top=top))
+    titles = [wrap(p.title, 54) or [""] for p in chart.panels]
+    top = 8 + 18 * max(map(len, titles), default=1)  # the same in all, so that axes beside each other stand level
+    most = max((len(p.series) for p in chart.panels), default=1)
+    for k, (panel, title) in enumerate(zip(chart.panels, titles, strict=True)):
+        height, draw = _rows(panel, style, top, most) if panel.ticks is not None else (top + PLOT + 48, partial(_lines, panel=panel, style=style, top=top))
         desc = f"{'Rows' if panel.ticks is not None else 'Horizontal'}: {panel.x_label}. Series: {', '.join(s.label for s in panel.series)}. {_range(panel)}"
 
         def whole(fig: Canvas, draw: Any = draw, title: Sequence[str] = title) -> None:
@@ -108,7 +109,9 @@ def _lines(fig: Canvas, page: Axes, panel: Panel, style: Mapping[str, Style], to
     for s in panel.series:
         at = bars.index(s) - (len(bars) - 1) / 2 if s in bars else 0.0
         _line(ax, s, style[s.label], ax.transData + ScaledTranslation(at * DODGE / 72, 0, fig.dpi_scale_trans))
+        _within(ax, s, panel.log_x)
     ax.margins(0.05, 0.08)
+    ax.autoscale_view()
     _x_ticks(ax, panel)
     _grid_lines(ax, "y")
 
@@ -126,6 +129,17 @@ def _line(ax: Axes, s: Series, look: Style, moved: Any) -> None:
     ax.plot(
         x, y, color=look.colour, lw=2, ls=look.dash, marker=look.marker, ms=6.5, mfc=face, mec=look.colour, mew=1.6, markevery=every, transform=moved
     )
+
+
+def _within(ax: Axes, s: Series, log_x: bool) -> None:
+    """Make the axes hold a series: matplotlib does not see lines that are moved aside."""
+    x = np.asarray(s.x, dtype=float)
+    for ends in (s.y, s.low, s.high):
+        if ends is not None:
+            points = np.column_stack([x, np.asarray(ends, dtype=float)])
+            points = points[np.isfinite(points).all(axis=1) & ((x > 0) | (not log_x))]
+            if len(points):
+                ax.update_datalim(points)
 
 
 def _x_ticks(ax: Axes, panel: Panel) -> None:
@@ -167,11 +181,11 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def _rows(panel: Panel, style: Mapping[str, Style], top: float) -> tuple[float, Any]:
-    """Height and drawing of a panel of names: a row for each, its series under each other, the number at the right where there is one series."""
+def _rows(panel: Panel, style: Mapping[str, Style], top: float, most: int) -> tuple[float, Any]:
+    """Height and drawing of a panel of names: a row for each with room for `most` series under each other; numbers at the right where one is alone."""
     names = list(panel.ticks or ())
     each = 13.0  # pixels of one series in a row
-    step = 30 + each * len(panel.series)
+    step = 30 + each * most
     head = 24.0
     height = top + head + step * len(names) + 6
 

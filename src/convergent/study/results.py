@@ -249,6 +249,7 @@ def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
 def _as_dict(claim: Claim) -> dict[str, Any]:
     return {
         "id": claim.id, "claim": claim.claim, "source": claim.source, "verdict": claim.verdict, "rule": claim.rule,
+        "paper": claim.paper,
         "evidence": [{**e.__dict__} for e in claim.evidence],
     }  # fmt: skip
 
