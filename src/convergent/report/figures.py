@@ -42,7 +42,8 @@ def all_figures(results: Results) -> list[Figure]:
     others = c[~c.index.isin(core(c).index)]
     if len(others):
         baseline = c[c["role"] == "baseline"].head(1)
-        found.append(_outcomes(results, pd.concat([baseline, others.drop(baseline.index, errors="ignore")]), "fig-further", "Alignment, EM and coherence in the further experiments"))
+        shown = pd.concat([baseline, others.drop(baseline.index, errors="ignore")])
+        found.append(_outcomes(results, shown, "fig-further", "Alignment, EM and coherence in the further experiments"))
     return found
 
 

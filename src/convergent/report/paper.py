@@ -82,8 +82,8 @@ def paper_rows(results: Results) -> list[Row]:
     for k, claim in enumerate(results.claims):
         evidence = claim.get("evidence") or []
         votes = {v: sum(e.get("supports") == v for e in evidence) for v in ("held", "did not hold", "undecided")}
-        shown = {"anchor": anchor(k), "claim": claim["claim"], "verdict": claim["verdict"], "first": evidence[0] if evidence else None, "n": len(evidence), "votes": votes}
-        live.setdefault(str(claim.get("paper") or ""), []).append(shown)
+        shown = {"anchor": anchor(k), **{key: claim.get(key, "") for key in ("claim", "verdict")}, "first": evidence[0] if evidence else None}
+        live.setdefault(str(claim.get("paper") or ""), []).append({**shown, "n": len(evidence), "votes": votes})
     return [Row(p, tuple(mine), _overall([c["verdict"] for c in mine])) for p in paper_claims() for mine in [live.get(p.id, [])]]
 
 
