@@ -9,6 +9,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -93,7 +94,7 @@ def test_a_logarithmic_axis_has_its_ticks_at_the_values_and_leaves_out_zero() ->
 
 
 def test_intervals_beside_each_other_do_not_cover_each_other() -> None:
-    two = tuple(line(label, low=[0.0] * 3, high=[2.0] * 3) for label in "ab")
+    two = tuple(Series(label, np.arange(3), np.arange(3.0), low=np.zeros(3), high=np.full(3, 2.0)) for label in "ab")  # type: ignore[arg-type]
     xs = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', one(Panel("y", "x", two)).wide)]
     assert len(xs) == 6 and all(b - a == pytest.approx(panels.DODGE, abs=0.2) for a, b in zip(xs[:3], xs[3:]))
     many = tuple(line(label, n=30, low=[0.0] * 30, high=[2.0] * 30) for label in "ab")
@@ -269,8 +270,9 @@ def test_two_hundred_conditions_and_twelve_chapters_stay_under_five_megabytes(re
     assert html.count("further experiments") > 0
 
 
-def test_conditions_of_further_experiments_have_their_own_figure(results: Results) -> None:
+def test_conditions_of_further_experiments_have_their_own_figure(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     few = enlarged(results, 25, 2)
+    monkeypatch.setattr(figures, "line_figure", lambda *_: svg.Figure("lines", "not drawn here"))
     further = figures.all_figures(dataclasses.replace(few, sensitivity=pd.DataFrame()))[-1]
     assert further.id == "fig-further" and [r[1] for r in further.rows] == ["Models as they are", "Study-0", "Study-1"]
     assert "Drawn" not in further.caption

@@ -124,8 +124,8 @@ def _strengths(values: np.ndarray, middle: float | None) -> np.ndarray:
     if not known.size:
         return values
     if middle is None:
-        return (values - known.min()) / (float(np.ptp(known)) or 1.0)
-    return (values - middle) / (float(np.abs(known - middle).max()) or 1.0)
+        return np.asarray((values - known.min()) / (float(np.ptp(known)) or 1.0))
+    return np.asarray((values - middle) / (float(np.abs(known - middle).max()) or 1.0))
 
 
 def _cell(page: Axes, x: float, y: float, width: float, height: float, value: float, strength: float, digits: int, font: float) -> None:

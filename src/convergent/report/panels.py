@@ -102,13 +102,14 @@ def _lines(fig: Canvas, page: Axes, panel: Panel, style: Mapping[str, Style], to
     if panel.log_x:
         ax.set_xscale("log", nonpositive="mask")
     if panel.null is not None:
-        ax.fill_between(*(np.asarray(v, dtype=float) for v in panel.null), color=svg.BAND, lw=0)
+        at, low, high = (np.asarray(v, dtype=float) for v in panel.null)
+        ax.fill_between(at, low, high, color=svg.BAND, lw=0)
     if panel.mark_x is not None:
         ax.axvline(float(panel.mark_x), color=svg.MUTED, lw=1, ls=(0, (4, 3)))
-    bars = [s for s in panel.series if s.low is not None and s.high is not None and len(s.x) < MANY]
-    for s in panel.series:
-        at = bars.index(s) - (len(bars) - 1) / 2 if s in bars else 0.0
-        _line(ax, s, style[s.label], ax.transData + ScaledTranslation(at * DODGE / 72, 0, fig.dpi_scale_trans))
+    bars = [k for k, s in enumerate(panel.series) if s.low is not None and s.high is not None and len(s.x) < MANY]
+    for k, s in enumerate(panel.series):
+        aside = bars.index(k) - (len(bars) - 1) / 2 if k in bars else 0.0
+        _line(ax, s, style[s.label], ax.transData + ScaledTranslation(aside * DODGE / 72, 0, fig.dpi_scale_trans))
         _within(ax, s, panel.log_x)
     ax.margins(0.05, 0.08)
     ax.autoscale_view()
