@@ -65,7 +65,8 @@ def draw_grid(id_: str, grid: Grid, desc: str) -> tuple[str, str]:
 
 
 def _values(grid: Grid) -> np.ndarray:
-    return np.array([[float("nan") if missing(v) else float(v) for v in row] for row in grid.values], dtype=float).reshape(len(grid.rows), len(grid.columns))
+    known = [[float("nan") if missing(v) or not np.isfinite(v) else float(v) for v in row] for row in grid.values]
+    return np.array(known, dtype=float).reshape(len(grid.rows), len(grid.columns))
 
 
 def _layout(grid: Grid, wide: bool) -> tuple[tuple[float, float], Any]:
@@ -115,7 +116,7 @@ def _draw(fig: Canvas, grid: Grid, values: np.ndarray, heads: Sequence[Sequence[
             most = int((left - 8) / (CHARACTER * font)) if wide else 56
             page.text(0, y if wide else y - 19, _cut(name, most), fontsize=font, va="center", color=svg.INK)
             for j in shown:
-                _cell(page, left + (j - first) * each, y, each, bar, values[i, j], strength[i, j], grid.digits, font)
+                _cell(page, left + (j - first) * each, y, each, bar, float(values[i, j]), strength[i, j], grid.digits, font)
 
 
 def _strengths(values: np.ndarray, middle: float | None) -> np.ndarray:
