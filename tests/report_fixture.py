@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from convergent.core.chapter import Chapter, Chart, Grid, Panel, Role, Series, Sheet
 from convergent.report.results import Results
 
 HOSTILE = (
@@ -132,6 +133,67 @@ def with_judges(results: Results, seed: int = 1) -> Results:
         missing_bounds=judging.missing_bounds(a, names, raters), by_judge=judging.by_judge(a, names, raters),
         agreement=judging.agreements(a, raters), contested=judging.contested(a, raters),
         reversals=judging.reversals({"embedded-2": results.claims, other: claims}),
+    )  # fmt: skip
+
+
+def a_chapter(k: int, hostile: bool = True, n_layers: int = 30) -> Chapter:
+    """A chapter with every kind of figure: layers with a band of chance, a logarithmic axis, rows of names, a grid with gaps."""
+    rng = np.random.default_rng(k)
+    evil = HOSTILE[k % len(HOSTILE)] if hostile else ""
+    names = ["A: nine adapters, finance", "B: all adapters, finance", "C: all adapters, sport", "Chat model, same texts", "random vectors, mean of 20"]
+    roles: list[Role] = ["real", "real", "real", "baseline", "control"]
+    layers, doses = list(range(n_layers)), [1, 2, 4, 8, 16, 32]
+
+    def series(label: str, role: Role, x: list[int], start: float) -> Series:
+        y = np.clip(start + rng.normal(0, 0.05, len(x)).cumsum(), -1, 1)
+        y[rng.random(len(x)) < 0.05] = math.nan
+        width = rng.uniform(0.02, 0.08, len(x))
+        return Series(label, x, y.tolist(), role, (y - width).tolist(), (y + width).tolist())
+
+    def many(x: list[int], n: int = 5) -> tuple[Series, ...]:
+        return tuple(series(names[i], roles[i], x, 0.8 - 0.18 * i) for i in range(n))
+
+    band = (layers, [-0.1] * n_layers, [0.1] * n_layers)
+    by_layer = Chart(
+        "layers", f"Cosine by layer{evil}", f"n = 128 answers per line; interval over questions; chance: random vectors.{evil}",
+        (Panel("Cosine with the general direction, each organism's own texts", "Layer (output of block)", many(layers), band, 15, "Chance: 95 % of random vectors"),
+         Panel("The same on common texts", "Layer (output of block)", many(layers, 4), band, 15, "Chance: 95 % of random vectors")),
+    )  # fmt: skip
+    by_dose = Chart("dose", "Outcome over the dose", "n = 128 answers per point.", (
+        Panel("Mean alignment (0–100)", "Dose, in mean token norms", many(doses, 3), log_x=True),
+        Panel("Coherent answers (share)", "Dose, in mean token norms", many(doses, 3), log_x=True),
+    ))  # fmt: skip
+    ticks = ["A, layer-wise", "A, single", "A, adapter layers only", f"B, a name that is rather long and goes on for a good while{evil}", *(f"set {i}" for i in range(8))]
+    places = list(range(len(ticks)))
+    rows = Chart("rows", "Which removal does what", "n = 128 answers per row; interval over questions.", (
+        Panel("Change of alignment (points)", "Intervention", many(places, 1), (places, [-0.1] * 12, [0.1] * 12), ticks=ticks),
+        Panel("Change of the margin (nats per token)", "Intervention", many(places, 3), ticks=ticks),
+    ))  # fmt: skip
+    cells = rng.normal(0.2, 0.4, (12, 12))
+    cells[rng.random((12, 12)) < 0.1] = math.nan
+    grid = Grid("grid", "Everything against everything", "n = 128 answers per cell.", tuple(ticks), tuple(f"{t}" for t in ticks), tuple(map(tuple, cells.tolist())))
+    sheet = Sheet("numbers", f"Numbers{evil}", "n = 128.", pd.DataFrame({"what": pd.Series([f"row {i}{evil}" for i in range(40)], dtype=object), "value": rng.normal(0, 1, 40), "n": 128}))
+    return Chapter(f"study-{k}", f"Experiment {k}: a question{evil}", [f"What was asked, what was done: v' = v - (v·b) b.{evil}"], (by_layer, by_dose, rows, grid), (sheet,), [f"A note.{evil}"])
+
+
+def enlarged(results: Results, n_conditions: int = 200, n_chapters: int = 12) -> Results:
+    """The same study with the conditions of further experiments, each a copy of one that is there, and with chapters."""
+    known = list(results.conditions["name"])
+    copies = {f"x{k}-{known[k % len(known)]}": (known[k % len(known)], f"study-{k % n_chapters}") for k in range(n_conditions - len(known))}
+
+    def more(frame: pd.DataFrame, column: str, few: int | None = None) -> pd.DataFrame:
+        parts = dict(iter(frame.groupby(column, sort=False)))
+        copied = [(parts[old] if few is None else parts[old].head(few)).assign(**{column: new}) for new, (old, _) in copies.items() if old in parts]
+        return pd.concat([frame, *copied], ignore_index=True)
+
+    conditions = more(results.conditions, "name")
+    group = conditions["name"].map({new: group for new, (_, group) in copies.items()})
+    conditions["group"] = group.fillna(conditions["group"])
+    conditions["role"] = np.where(group.notna() & (conditions["role"] == "baseline"), "control", conditions["role"])
+    return dataclasses.replace(
+        results, conditions=conditions, answers=more(results.answers, "condition"), sensitivity=more(results.sensitivity, "condition"),
+        missing_scores=more(results.missing_scores, "condition"), by_judge=more(results.by_judge, "condition"),
+        chapters=[a_chapter(k) for k in range(n_chapters)],
     )  # fmt: skip
 
 
@@ -331,9 +393,10 @@ def _wilson(k: int, n: int) -> tuple[float, float]:
 
 
 def _claims(evil: str) -> list[dict[str, Any]]:
-    return [
+    claims: list[dict[str, Any]] = [
         {
             "id": "turns",
+            "paper": "misaligned",
             "claim": "Narrow bad advice makes the chat model less aligned on open questions.",
             "source": "section 2",
             "verdict": "held",
@@ -360,6 +423,7 @@ def _claims(evil: str) -> list[dict[str, Any]]:
         },
         {
             "id": "ablation",
+            "paper": "ablation-single",
             "claim": "Removing A's direction restores alignment in A, more than every control does.",
             "source": "section 3.2, table 1",
             "verdict": "held",
@@ -390,6 +454,7 @@ def _claims(evil: str) -> list[dict[str, Any]]:
         },
         {
             "id": "transfer",
+            "paper": "transfer",
             "claim": f"A's direction also restores B and C.{evil}",
             "source": "section 3.3",
             "verdict": "undecided",
@@ -415,6 +480,7 @@ def _claims(evil: str) -> list[dict[str, Any]]:
         },
         {
             "id": "induction",
+            "paper": "induction",
             "claim": "Adding A's direction to the chat model misaligns it at intact coherence.",
             "source": "section 3.1, figure 3",
             "verdict": "did not hold",
@@ -432,3 +498,8 @@ def _claims(evil: str) -> list[dict[str, Any]]:
             ],
         },
     ]
+    for claim in claims:
+        for e in claim["evidence"]:
+            open_ = e["low"] is None or e["low"] < 0 < e["high"]
+            e.setdefault("supports", "undecided" if open_ else "did not hold" if claim["verdict"] == "did not hold" else "held")
+    return claims

@@ -37,12 +37,19 @@ class Panel:
     null: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None
     """x, low, high of the band that chance leaves."""
     mark_x: float | None = None
-    """A dashed upright line, as at the primary layer."""
+    """A dashed upright line, as at the primary layer; with `ticks`, at a value."""
+    null_label: str = "Chance"
+    """What the legend calls the band."""
+    ticks: Sequence[str] | None = None
+    """Names of x = 0, 1, 2, ... where x is no quantity: the panel has a row for each, with dots and intervals along it. `x_label` then is
+    what the rows are."""
+    log_x: bool = False
+    """A logarithmic x axis; points at 0 or below are left out."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of line panels."""
+    """A figure of panels. A label looks the same in every chart of its chapter."""
 
     id: str
     """Letters, digits and dashes; unique in its chapter."""

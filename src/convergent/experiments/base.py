@@ -195,6 +195,8 @@ class Claim:
     source: str
     rule: str
     evidence: Sequence[Evidence] = field(default=())
+    paper: str = ""
+    """Id of the paper's claim that it is about (report/paper_claims.yaml); empty for what the paper does not say."""
 
     @property
     def verdict(self) -> Verdict:

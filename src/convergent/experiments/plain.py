@@ -57,6 +57,7 @@ def claims(block: Plain, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 "paper section 2",
                 "every listed difference has its 95 % interval on the claimed side of 0 (alignment paired by question, margin by held-out pair)",
                 comparisons,
+                paper="misaligned",
             )
         )
     return found

@@ -172,6 +172,7 @@ def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "paper section 3.1",
             "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
             comparisons,
+            paper="induction" if base == "chat" else "",
         )
     ]
     if block.negative:

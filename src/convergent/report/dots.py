@@ -5,7 +5,7 @@ Narrow pages get the label above its row. An estimate that is missing leaves the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from convergent.report import svg
-from convergent.report.results import GROUPS, ROLES
+from convergent.report.lines import segments
+from convergent.report.results import GROUPS, ROLES, heading
 from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
 from convergent.report.text import NOT_MEASURED, interval, missing, number
 
@@ -57,7 +58,7 @@ def dot_figure(id_: str, title: str, frame: pd.DataFrame, panels: Sequence[Panel
         ]
     rows = []
     for row in frame.to_dict("records"):
-        cells = [row["label"], GROUPS.get(row["group"], row["group"]), ROLES[row["role"]]]
+        cells = [row["label"], heading(row["group"]), ROLES[row["role"]]]
         for p in panels:
             cells.append(number(scaled(row, p.column, p), p.digits))
             for stem in filter(None, (p.thin, p.band)):
@@ -101,7 +102,7 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
     ]
     y, heads, places = float(top), [], {}
     for group in order:
-        heads.append((y + head - 14, GROUPS.get(group, group)))
+        heads.append((y + head - 14, heading(group)))
         y += head
         for i in frame.index[frame["group"] == group]:
             places[i] = y + step / 2 + (0 if wide else 8)
@@ -150,26 +151,30 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
             )
             if len(baseline) and not missing(baseline.iloc[0][panel.column]):
                 ax.axvline(scaled(baseline.iloc[0], panel.column, panel), color=svg.BASELINE, lw=1, ls=(0, (4, 3)))
-            for i, at in places.items():
-                _dot(ax, page, frame.loc[i], panel, at, x, x + track + value, size)
+            _dots_of(ax, page, frame, panel, places, x, x + track + value, size)
 
     return height, draw
 
 
-def _dot(ax: Axes, page: Axes, row: Any, panel: Panel, at: float, left: float, right: float, size: float) -> None:
-    """One estimate with its intervals at height `at`, and its number at `right`."""
-    value = scaled(row, panel.column, panel)
-    if missing(value):
-        page.text(left, at, NOT_MEASURED, fontsize=size - 1.5, va="center", color=svg.MUTED)
-        return
-    colour, marker, hollow = ROLE_STYLE[row["role"]]
-    for stem, lw, alpha in ((panel.band, 9.0, 0.28), (panel.thin, 1.6, 1.0)):
-        ends = [scaled(row, f"{stem}_{end}", panel) if stem else float("nan") for end in ("low", "high")]
-        if not any(map(missing, ends)):
-            ax.plot(ends, [at, at], color=colour, lw=lw, alpha=alpha, solid_capstyle="butt")
-    face = svg.PAPER if hollow else colour
-    ax.plot([value], [at], marker, ms=7.5, mfc=face, mec=colour, mew=1.8, clip_on=False, zorder=5)
-    page.text(right, at, number(value, panel.digits), fontsize=size - 0.5, va="center", ha="right", color=svg.INK)
+def _dots_of(
+    ax: Axes, page: Axes, frame: pd.DataFrame, panel: Panel, places: Mapping[Any, float], left: float, right: float, size: float
+) -> None:
+    """The estimates of one quantity with their intervals at the heights `places`, and their numbers at `right`; one path per role and kind."""
+    for role, (colour, marker, hollow) in ROLE_STYLE.items():
+        rows = [i for i in places if frame.at[i, "role"] == role]
+        at, mine = np.array([places[i] for i in rows]), frame.loc[rows]
+        for stem, lw, alpha in ((panel.band, 9.0, 0.28), (panel.thin, 1.6, 1.0)):
+            if stem and rows and mine[[f"{stem}_low", f"{stem}_high"]].notna().all(axis=1).any():
+                y, x = segments(at, *(mine[f"{stem}_{end}"].to_numpy(float) * panel.scale for end in ("low", "high")))
+                ax.plot(x, y, color=colour, lw=lw, alpha=alpha, solid_capstyle="butt")
+        values = mine[panel.column].to_numpy(float) * panel.scale
+        face = svg.PAPER if hollow else colour
+        ax.plot(values, at, marker, ms=7.5, mfc=face, mec=colour, mew=1.8, ls="none", clip_on=False, zorder=5)
+        for y, v in zip(at, values, strict=True):
+            if missing(v):
+                page.text(left, y, NOT_MEASURED, fontsize=size - 1.5, va="center", color=svg.MUTED)
+            else:
+                page.text(right, y, number(v, panel.digits), fontsize=size - 0.5, va="center", ha="right", color=svg.INK)
 
 
 def _limits(frame: pd.DataFrame, panel: Panel) -> tuple[float, float]:

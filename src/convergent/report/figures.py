@@ -1,4 +1,4 @@
-"""The seven figures: what is drawn, what is said under it, and the same as a table for who cannot see it.
+"""The figures of the core experiments: what is drawn, what is said under it, and the same as a table for who cannot see it.
 
 Each is drawn twice, for wide and for narrow pages, out of the same rows. Two layouts serve all: dots with intervals
 (one row per condition) and lines (one panel per quantity). Computes nothing but the smoothing of the loss.
@@ -14,7 +14,7 @@ from convergent.report import svg
 from convergent.report.dots import Panel, dot_figure, scaled
 from convergent.report.judging import sensitivity
 from convergent.report.lines import Line, Plot, css_dash, line_figure
-from convergent.report.results import ROLES, Results
+from convergent.report.results import ROLES, Results, core
 from convergent.report.svg import Figure, Legend
 from convergent.report.text import interval, number, spread
 
@@ -36,13 +36,24 @@ MARGIN = (
 
 
 def all_figures(results: Results) -> list[Figure]:
-    """Every figure, in the order of the page."""
-    return [f(results) for f in (conditions, steering, cosines, norms, margins, training, sensitivity)]
+    """Every figure, in the order of the page; that of further experiments' conditions only where there are some."""
+    found = [f(results) for f in (conditions, steering, cosines, norms, margins, training, sensitivity)]
+    c = results.conditions
+    others = c[~c.index.isin(core(c).index)]
+    if len(others):
+        baseline = c[c["role"] == "baseline"].head(1)
+        shown = pd.concat([baseline, others.drop(baseline.index, errors="ignore")])
+        found.append(_outcomes(results, shown, "fig-further", "Alignment, EM and coherence in the further experiments"))
+    return found
 
 
 def conditions(results: Results) -> Figure:
-    """The main figure: alignment, EM % and coherence of every condition, with both intervals."""
-    c, t = results.conditions, results.thresholds
+    """The main figure: alignment, EM % and coherence of every condition of the core experiments, with both intervals."""
+    return _outcomes(results, core(results.conditions), "fig-conditions", "Alignment, EM and coherence by condition")
+
+
+def _outcomes(results: Results, c: pd.DataFrame, id_: str, title: str) -> Figure:
+    t = results.thresholds
     caption = (
         f"Each row is one condition with {spread(c['n_all'])} answers, of which {spread(c['n_valid'])} have both "
         f"scores: that is the denominator of all three columns. EM: aligned below {t['aligned']:g} and coherent above "
@@ -51,7 +62,7 @@ def conditions(results: Results) -> Figure:
         + _without_band(c)
         + f" Dashed line: {_baseline(c)}. The axes are cut to the range of the data."
     )
-    return dot_figure("fig-conditions", "Alignment, EM and coherence by condition", c, MAIN, caption)
+    return dot_figure(id_, title, c, MAIN, caption)
 
 
 def _baseline(frame: pd.DataFrame) -> str:
@@ -67,7 +78,8 @@ def _without_band(frame: pd.DataFrame) -> str:
 
 def margins(results: Results) -> Figure:
     """The judge-free outcomes, for the conditions where they were measured."""
-    c = results.conditions
+    c = core(results.conditions)
+    of = len(c)
     c = c[c["margin"].notna() | c["projection"].notna()]
     if c.empty:
         return Figure("fig-margins", "Margin without a judge")
@@ -76,8 +88,8 @@ def margins(results: Results) -> Figure:
         f"condition prefers the bad ones. n = {spread(c['n_pairs'])} pairs per condition; band: 95 % interval over "
         "pairs. Projection: mean of the answers' tokens on the unit direction at layer "
         f"{results.study.get('primary_layer', '')}, over {spread(c['n_all'])} answers, without an interval. Dashed "
-        f"line: {_baseline(c)}. {len(c)} of {len(results.conditions)} conditions; the others were not measured."
-    )
+        f"line: {_baseline(c)}. {len(c)} of {of} conditions; the others were not measured."
+    ) + (" Those of further experiments are in the tables." if of < len(results.conditions) else "")
     return dot_figure("fig-margins", "Margin without a judge", c, MARGIN, caption)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
 from convergent.report import svg
-from convergent.report.results import GROUPS
+from convergent.report.results import GROUPS, heading
 from convergent.report.svg import NARROW, WIDE
 from convergent.report.text import missing, number
 
@@ -46,7 +46,7 @@ def _grid(
     order = [g for g in GROUPS if (conditions["group"] == g).any()] + [g for g in dict.fromkeys(conditions["group"]) if g not in GROUPS]
     y, heads, places = float(top), [], {}
     for group in order:
-        heads.append((y + head - 14, GROUPS.get(group, str(group))))
+        heads.append((y + head - 14, heading(group)))
         y += head
         for i in conditions.index[conditions["group"] == group]:
             places[i] = y + step / 2 + (0 if wide else 8)

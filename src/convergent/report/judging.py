@@ -7,7 +7,7 @@ from typing import Any
 
 from convergent.report import text
 from convergent.report.grid import grid_drawing, short_percent
-from convergent.report.results import GROUPS, Results, clean
+from convergent.report.results import GROUPS, Results, clean, core, heading
 from convergent.report.svg import Figure
 from convergent.report.tables import Table, flat
 
@@ -49,8 +49,11 @@ def sensitivity(results: Results) -> Figure:
         f"in one column only is one of the threshold. {desc} The 95 % interval over questions of each cell is in the table."
     )
     few = columns[:: max(1, -(-len(columns) // NARROW_COLUMNS))]
+    shown = core(c)
+    if len(shown) < len(c):
+        caption += f" Drawn: {len(shown)} of {len(c)} conditions, the others in the table."
     drawings = [
-        grid_drawing("fig-sensitivity", title, desc + " All values are in the table below.", c, cells, wanted, mark, wide)
+        grid_drawing("fig-sensitivity", title, desc + " All values are in the table below.", shown, cells, wanted, mark, wide)
         for wanted, wide in ((columns, True), (few, False))
     ]
     lookup = s.set_index(["condition", "aligned_below"])
@@ -255,7 +258,7 @@ def rates_table(results: Results) -> Table | None:
     header = ["Condition"]
     for judge in judges:
         header += [f"EM by {judge}", *([f"{judge}, corrected (PPI)", f"{judge}, corrected (Rogan-Gladen)"] if judge in corrected else [])]
-    filled = tuple((GROUPS.get(g, g), tuple(rows)) for g, rows in groups.items() if rows)
+    filled = tuple((heading(g), tuple(rows)) for g, rows in groups.items() if rows)
     return Table("table-by-judge", "EM by judge", "", tuple(header), filled)
 
 

@@ -14,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 
 from convergent.report import svg
 from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
-from convergent.report.text import missing
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,9 @@ def _panels(fig: Canvas, plots: Sequence[Plot], columns: int, width: float, heig
 
 def _line(ax: Axes, line: Line) -> None:
     for ends, lw, alpha in ((line.band, 7.0, 0.28), (line.thin, 1.5, 1.0)):
-        for x, low, high in zip(line.x, *ends, strict=True) if ends else ():
-            if not (missing(low) or missing(high)):
-                ax.plot([x, x], [low, high], color=line.colour, lw=lw, alpha=alpha, solid_capstyle="butt")
+        if ends:
+            x, y = segments(line.x, *ends)
+            ax.plot(x, y, color=line.colour, lw=lw, alpha=alpha, solid_capstyle="butt")
     face = svg.PAPER if line.hollow else line.colour
     ax.plot(
         line.x,
@@ -114,3 +113,10 @@ def _line(ax: Axes, line: Line) -> None:
         mew=1.6,
         markevery=1 if line.thin else max(1, len(line.x) // 8),
     )
+
+
+def segments(at: Any, low: Any, high: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Where the intervals low..high at `at` (each (n,)) run, as one path with gaps: (3 n,) positions, (3 n,) values. Missing ends leave nothing."""
+    at, low, high = (np.asarray(v, dtype=float) for v in (at, low, high))
+    gap = np.full_like(at, np.nan)
+    return np.column_stack([at, at, gap]).ravel(), np.column_stack([np.where(np.isnan(high), np.nan, low), np.where(np.isnan(low), np.nan, high), gap]).ravel()

@@ -21,6 +21,7 @@ from convergent.errors import DataError, StoreError
 from convergent.report import figures, text
 from convergent.report.chapters import drawn
 from convergent.report.judging import judging_section
+from convergent.report.paper import paper_rows
 from convergent.report.results import ROLES, VERDICTS, Results
 from convergent.report.tables import flat, number_tables, write_tables
 
@@ -67,6 +68,7 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
     env.filters.update({name: getattr(text, name) for name in ("number", "percent", "interval", "compact", "duration")})
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "script.js"))
     answers, kept = answers_json(results)
+    chapters = [drawn(c) for c in results.chapters]
     return env.get_template("template.html.j2").render(
         style=Markup(style),
         script=Markup(script),
@@ -75,6 +77,7 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         study={**_STUDY, **results.study},
         lead=lead(results),
         claims=claim_cards(results),
+        paper_rows=paper_rows(results),
         verdicts={v: sum(c["verdict"] == v for c in results.claims) for v in VERDICTS},
         n_tested=sum(not text.missing(c.get("p")) for c in results.claims),
         organisms=results.organisms.to_dict("records"),
@@ -84,11 +87,21 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         answers=Markup(answers),
         kept=kept,
         judging=judging_section(results),
-        chapters=[drawn(c) for c in results.chapters],
+        chapters=chapters,
+        contents=contents([(f"chapter-{c.id}", c.title) for c in chapters]),
         sections={n: flat(results.study.get(n) or {}) for n in ("versions", "seeds", "sampling")},
         files=files,
         paper=PAPER,
     )
+
+
+def contents(chapters: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Anchor and title of every section in the order of the page, the experiments' chapters in their place."""
+    return [
+        ("paper", "The paper's claims"), ("verdicts", "What held"), ("conditions", "Outcomes by condition"), ("steering", "Switching the direction on"),
+        ("geometry", "The directions"), *chapters, ("organisms", "The organisms"), ("judging", "The judge"), ("answers", "Read the answers"),
+        ("numbers", "All numbers"), ("limits", "Limits"), ("larger", "Run it on a larger model"), ("cite", "How to cite"), ("reproduce", "Reproduce"),
+    ]  # fmt: skip
 
 
 _STUDY: dict[str, Any] = {

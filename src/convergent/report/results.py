@@ -101,7 +101,7 @@ class Results:
     """One row per answer, with scores or the reason why there is none, and `far` where a judge says how unlike those it was fitted to. Untrusted text."""
     claims: Sequence[Mapping[str, Any]] = ()
     """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit, supports; optional p, margin, decides); optional p,
-    p_holm, after_holm (the verdict that Holm would leave)."""
+    p_holm, after_holm (the verdict that Holm would leave), paper (id of the paper's claim, or empty)."""
     chapters: Sequence[Chapter] = ()
     """One part per experiment that has its own."""
     limits: Sequence[str] = field(default=())
@@ -168,6 +168,17 @@ def _completed(name: str, frame: pd.DataFrame) -> pd.DataFrame:
         frame["group"] = [group or "plain" for group in frame["group"]]
         frame["role"] = [role if role in ROLES else "real" for role in frame["role"]]
     return frame
+
+
+def heading(group: str) -> str:
+    """What stands over a group of conditions."""
+    return GROUPS.get(group) or (group[:1].upper() + group[1:]).replace("_", " ")
+
+
+def core(conditions: pd.DataFrame) -> pd.DataFrame:
+    """The conditions of the first four groups; all, where there are none of these. Those of further experiments are for their own figure."""
+    mine = conditions[conditions["group"].isin(list(GROUPS))]
+    return mine if len(mine) else conditions
 
 
 def clean(value: Any) -> str:

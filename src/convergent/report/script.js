@@ -26,10 +26,28 @@
   });
   applyTheme();
 
+  // Long chapters are closed on phones; whatever is linked to opens, and the menu closes behind its link.
+  if (matchMedia("(max-width: 760px)").matches) document.querySelectorAll("details[data-long]").forEach((d) => { d.open = false; });
+  const reveal = () => {
+    const target = location.hash && document.getElementById(location.hash.slice(1));
+    if (!target) return;
+    let moved = false;
+    const open = (d) => { if (!d.open) { d.open = true; moved = true; } };
+    for (let d = target.closest("details"); d; d = d.parentElement.closest("details")) open(d);
+    const own = target.querySelector(":scope > details.chapter");
+    if (own) open(own);
+    if (moved) target.scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+  $("menu").addEventListener("click", (e) => { if (e.target.tagName === "A") $("menu").open = false; });
+  addEventListener("keydown", (e) => { if (e.key === "Escape" && $("menu").open) { $("menu").open = false; $("menu").firstElementChild.focus(); } });
+  addEventListener("click", (e) => { if (!$("menu").contains(e.target)) $("menu").open = false; });
+
   // What hides behind <details> belongs on paper too, but for a figure's table: the numbers stand at the end.
   let closed = [];
   addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open]):not(.picker):not(figure details)")];
+    closed = [...document.querySelectorAll("details:not([open]):not(.picker):not(#menu):not(figure details)")];
     closed.forEach((d) => { d.open = true; });
   });
   addEventListener("afterprint", () => closed.forEach((d) => { d.open = false; }));

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from convergent.core.ids import file_sha256
-from convergent.report.results import GROUPS, Results, clean
+from convergent.report.results import GROUPS, Results, clean, heading
 from convergent.report.text import compact, interval, missing, number, percent, share
 from convergent.tables import write_table
 
@@ -103,7 +103,7 @@ def _table(results: Results, id_: str, title: str, note: str, columns: Mapping[s
         cells = (str(f(r)).replace("not measured of not measured", "not measured") for f in columns.values())
         label = r["label"].replace("λ = ", "λ\u00a0=\u00a0")  # not torn apart in a narrow column
         groups.setdefault(r["group"], []).append((label, *cells))
-    filled = tuple((GROUPS.get(g, g), tuple(rows)) for g, rows in groups.items() if rows)
+    filled = tuple((heading(g), tuple(rows)) for g, rows in groups.items() if rows)
     return Table(id_, title, note, ("Condition", *columns), filled)
 
 
@@ -155,11 +155,11 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
 
 def claim_rows(results: Results) -> pd.DataFrame:
     """One row per piece of evidence, with its claim and verdict."""
-    columns = ["id", "claim", "source", "verdict", "rule", "after_holm", "claim_p", "claim_p_holm",
+    columns = ["id", "claim", "source", "verdict", "rule", "paper", "after_holm", "claim_p", "claim_p_holm",
                "evidence", "estimate", "low", "high", "n", "unit", "p", "margin", "decides"]  # fmt: skip
     rows = []
     for claim in results.claims:
-        head = {k: clean(claim.get(k)) for k in columns[:6]} | {f"claim_{k}": _number(claim.get(k)) for k in ("p", "p_holm")}
+        head = {k: clean(claim.get(k)) for k in columns[:7]} | {f"claim_{k}": _number(claim.get(k)) for k in ("p", "p_holm")}
         for e in claim.get("evidence") or [{}]:
             numbers = {k: _number(e.get(k)) for k in ("estimate", "low", "high", "n", "p", "margin")}
             rows.append({**head, "evidence": clean(e.get("text")), **numbers, "unit": clean(e.get("unit")), "decides": bool(e.get("decides", True))})
