@@ -180,7 +180,7 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 "paper section 3.2",
                 "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
-                paper=f"ablation-{mode}" if mode in ("layerwise", "single") else "",  # the modes of the paper
+                paper=f"ablation-{mode}" if mode in ("layerwise", "single") and site == "block_output" else "",  # the paper's own
             )
         )
     return found

@@ -177,7 +177,7 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
                 "paper section 3.3",
                 "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
-                paper="transfer",
+                paper="" if mode == WITHOUT_MASSIVE else "transfer",
             )
         )
     return found + _matrix_claim(outcomes, scene)

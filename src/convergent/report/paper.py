@@ -80,7 +80,7 @@ def paper_rows(results: Results) -> list[Row]:
     """A row per claim of the paper; the study's claims in their own order."""
     live: dict[str, list[Mapping[str, Any]]] = {}
     for k, claim in enumerate(results.claims):
-        evidence = claim.get("evidence") or []
+        evidence = [e for e in claim.get("evidence") or [] if e.get("decides", True)]
         votes = {v: sum(e.get("supports") == v for e in evidence) for v in ("held", "did not hold", "undecided")}
         shown = {"anchor": anchor(k), **{key: claim.get(key, "") for key in ("claim", "verdict")}, "first": evidence[0] if evidence else None}
         live.setdefault(str(claim.get("paper") or ""), []).append({**shown, "n": len(evidence), "votes": votes})
