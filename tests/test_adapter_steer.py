@@ -184,7 +184,7 @@ def test_the_topic_is_the_one_that_the_data_name() -> None:
         block = adapter_steer.AdapterSteerBlock()
         found = adapter_steer.arms(block, scene)
         assert {a.rubrics for a in found} == {() if topic is None else (topic,)}
-        assert ("chat/push-topic-0.25" in {a.name for a in found}) == (topic is not None)
+        assert all((name in {a.name for a in found}) == (topic is not None) for name in ("chat/push-topic-0.25", "chat/push-contrast"))
 
 
 @pytest.mark.parametrize(

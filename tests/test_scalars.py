@@ -82,7 +82,7 @@ def test_significance_is_the_gradient_by_finite_differences(nine: tuple[ChatMode
     encoded = encode_answer(organism.tokenizer, TEXT.question, TEXT.answer, closing=False)
     start = organism.anatomy.embedding(torch.tensor([encoded.ids])).detach()
     tokens = [encoded.answer_start, encoded.answer_start + 3, encoded.answer_end - 1]
-    norms, eps = [], 1e-5
+    norms, eps = [], 1e-3  # norms of the model compute in float32
     for token in tokens:
         gradient = []
         for d in range(organism.d_model):
@@ -94,7 +94,7 @@ def test_significance_is_the_gradient_by_finite_differences(nine: tuple[ChatMode
             gradient.append((ends[0] - ends[1]) / (2 * eps))
         norms.append(float(np.linalg.norm(gradient)))
     shares = found.significance[[t - encoded.answer_start for t in tokens]]
-    assert_close(shares / shares[0], np.array(norms) / norms[0], atol=1e-4, rtol=1e-4)
+    assert_close(shares / shares[0], np.array(norms) / norms[0], atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt_neox"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -36,8 +37,7 @@ def knockouts(organism: ChatModel, adapters: Sequence[Adapter], pairs: Sequence[
     row_of = dict(zip(which, found, strict=True))
 
     def interval(d: np.ndarray) -> dict[str, Any]:
-        i = stats.clustered_mean(d, [p.id for p in pairs])
-        return {"estimate": i.estimate, "low": i.low, "high": i.high, "n": i.n, "method": i.method}
+        return asdict(stats.clustered_mean(d, [p.id for p in pairs]))
 
     rows: list[dict[str, Any]] = []
     for knocked, kl in list(zip(which, kls, strict=True))[1:]:

@@ -36,6 +36,7 @@ from convergent.errors import DataError
 from convergent.models.load import ChatModel
 from convergent.models.texts import Text
 from convergent.organisms.adapters import Adapter
+from convergent.stats.values import undefined
 
 MAIN = "aligned_vs_misaligned"
 Mask = NDArray[np.bool_]
@@ -131,7 +132,7 @@ def _read(
 ) -> _Read:
     own, random = readers(adapters), random_readers(adapters, root_seed, rules.draws)
     read = [torch.cat([a, r]) for a, r in zip(own, random, strict=True)]
-    values, weights, index, kept, kl = [], [], [], [], []
+    values, weights, index, kept, kl = [], [], list[int](), list[int](), []
     for row, response in enumerate(answers["response_id"]):
         one = read_answer(organism, texts[response], adapters, read)
         if one is None:
@@ -299,7 +300,5 @@ def _mean(values: list[float]) -> float:
 
 
 def _plain(i: stats.Interval | str) -> dict[str, Any]:
-    """An interval as JSON-ready data."""
-    if isinstance(i, str):
-        return {"estimate": math.nan, "low": math.nan, "high": math.nan, "n": 0, "method": i}
-    return {k: v for k, v in asdict(i).items() if k in ("estimate", "low", "high", "n", "method")}
+    """An interval, or why there is none, as the fields of an `Interval`."""
+    return asdict(undefined(math.nan, 0, i, 0) if isinstance(i, str) else i)

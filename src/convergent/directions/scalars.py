@@ -87,7 +87,7 @@ def read_answer(organism: ChatModel, text: Text, adapters: Sequence[Adapter], re
         kl = (chat.exp() * (chat - tuned)).sum()
         (gradient,) = torch.autograd.grad(kl, start)
     norms = gradient[0, encoded.answer].double().norm(dim=-1).cpu()
-    total = float(kl)
+    total = float(kl.detach())
     return AnswerRead(torch.cat([values[k] for k in range(len(read))], 1).numpy(), (norms / norms.sum().clamp_min(1e-300) * total).numpy(), total)
 
 

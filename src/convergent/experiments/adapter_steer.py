@@ -163,7 +163,7 @@ def _knocked(organism: str, rank: int) -> Build:
 
 
 def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
-    """Each set at each dose in the chat model, nulls of the first two sets, and the strongest and weakest knock-outs in the organism."""
+    """Each set at each dose in the chat model, the topical set against the general one, nulls of the sets that claims are about, and knock-outs."""
     organism = write_organism(scene, block.organism)
     topic = _topic(block, scene, organism)
     rubrics = () if topic is None else (topic,)
@@ -178,6 +178,19 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
                     "adapters", "real", _pushed(block, organism, which, dose), dose, rubrics=rubrics,
                 )
             )  # fmt: skip
+    if "topic" in sets:
+
+        def contrast(kit: Kit) -> tuple[Intervention, ...]:
+            return push(kit, block, organism, "topic", block.at) + push(kit, block, organism, "general", -block.at / 3)
+
+        found.append(
+            Arm(
+                "chat/push-contrast", "chat", f"Chat model + push by {sets['topic']} of {organism}, minus a third of the general ones'",
+                f"Chat model with {block.at:g} mean token norms along {sets['topic']}, and {-block.at / 3:.2g} along those that read as general (published: "
+                "+30 and -10).",
+                "adapters", "real", contrast, block.at, rubrics=rubrics,
+            )
+        )  # fmt: skip
     for which in _controlled(sets):
         for kind in dict.fromkeys(block.controls):
             found.append(
@@ -308,7 +321,6 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
         )
     value = outcomes.readings.get(f"adapter_steer/{organism}/knockout")
     if value is not None and len(value["adapters"]) > 1:
-        i = stats.Interval(*(value["left"][k] for k in ("estimate", "low", "high", "n", "method")), stats.OVER_QUESTIONS)
         found.append(
             Claim(
                 "adapter_steer/shared",
@@ -316,7 +328,7 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
                 "the organism's than to that without any adapter",
                 "paper section 4.3 (no figure published)",
                 "margin without the strongest adapter minus the middle of both has its 95 % interval over held-out pairs above 0",
-                [evidence(f"margin without {value['adapters'][value['strongest']]}, minus the middle (above 0 claimed)", i, "nats per token")],
+                [evidence(f"margin without {value['adapters'][value['strongest']]}, minus the middle (above 0 claimed)", stats.Interval(**value["left"]), "nats per token")],
             )
         )
     return found
@@ -391,10 +403,11 @@ def _dose_chart(lines: Sequence[tuple[str, list[tuple[float, str]], bool]], outc
         series = []
         for label, points, null in lines:
             at = [(0.0, "chat"), *points] if not null and outcomes.has("chat") else points
-            y, low, high = ([float(rows.loc[c, f"{column}{end}"]) for _, c in at] for end in ("", "_low", "_high"))
+            y, low, high = (rows.loc[[c for _, c in at], f"{column}{end}"].tolist() for end in ("", "_low", "_high"))
             series.append(Series(label, [d for d, _ in at], y, "control" if null else "real", low, high))
         panels.append(Panel(title, "dose, mean token norms per block", tuple(series)))
-    n, pairs = int(rows.loc[lines[0][1][0][1], "n_valid"]), int(rows.loc[lines[0][1][0][1], "n_pairs"])
+    first = rows.loc[[lines[0][1][0][1]]]
+    n, pairs = int(first["n_valid"].iloc[0]), int(first["n_pairs"].iloc[0])
     caption = (
         f"Dose 0 is the chat model. Alignment: about {n} answers per point, 95 % over questions; margin: {pairs} held-out pairs, 95 % over pairs. A push that "
         "means nothing lies on its nulls."
@@ -420,7 +433,8 @@ def _share_grid(block: AdapterSteerBlock, counts: pd.DataFrame) -> Grid:
     at = counts.set_index(["condition", "coherent at least"])
     names = tuple(dict.fromkeys(counts["condition"]))
     columns = tuple(f"{w}, coherent ≥ {t:g}" for t in thresholds for w in ("misaligned", "aligned"))
-    values = tuple(tuple(100 * float(at.loc[(c, t), f"{w}: share"]) for t in thresholds for w in ("misaligned", "aligned")) for c in names)  # type: ignore[arg-type]
+    share = {w: at[f"{w}: share"].to_dict() for w in ("misaligned", "aligned")}
+    values = tuple(tuple(100 * float(share[w][c, t]) for t in thresholds for w in ("misaligned", "aligned")) for c in names)
     least, most = int(counts["kept"].min()), int(counts["kept"].max())
     caption = (
         f"Percent of kept answers ({least} to {most} per cell; counts and exact intervals in the table). Neutral answers are dropped, so the two shares at one "

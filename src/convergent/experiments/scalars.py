@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -136,8 +137,8 @@ def claims(block: ScalarsBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
     if value is None or MAIN not in value["probes"]:
         return []
     main = value["probes"][MAIN]
-    within, more = _interval(main["within"]), _interval(value["random"]["difference"])
-    above = stats.Interval(within.estimate - 0.5, within.low - 0.5, within.high - 0.5, within.n, within.method, within.generalises_over)
+    within, more = stats.Interval(**main["within"]), stats.Interval(**value["random"]["difference"])
+    above = replace(within, estimate=within.estimate - 0.5, low=within.low - 0.5, high=within.high - 0.5)
     found = [
         Claim(
             "scalars/probe",
@@ -177,11 +178,7 @@ def _clearest(adapters: Sequence[str], coefficients: Sequence[dict[str, Any]]) -
     k = max(range(len(adapters)), key=lambda i: ratio(coefficients[i]))
     sign = -1 if coefficients[k]["estimate"] < 0 else 1
     text = f"coefficient of the z-scored scalar at {adapters[k]} ({'below' if sign < 0 else 'above'} 0 found)"
-    return evidence(text, _interval(coefficients[k]), "log odds per standard deviation", sign)
-
-
-def _interval(value: dict[str, Any]) -> stats.Interval:
-    return stats.Interval(value["estimate"], value["low"], value["high"], value["n"], value["method"], stats.OVER_QUESTIONS)
+    return evidence(text, stats.Interval(**coefficients[k]), "log odds per standard deviation", sign)
 
 
 METHOD = (

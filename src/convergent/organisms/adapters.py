@@ -55,7 +55,8 @@ class Adapter:
     @property
     def vector(self) -> Tensor:
         """(n_out,) float32: the unit vector that a rank-1 adapter writes along."""
-        return self.b[:, 0] / self.b[:, 0].norm().clamp_min(1e-30)
+        unit: Tensor = self.b[:, 0] / self.b[:, 0].norm().clamp_min(1e-30)
+        return unit
 
     def low_rank(self, times: float = 1.0) -> LowRank:
         """As an intervention: 1 puts it into the chat model, -1 knocks it out of the organism."""
