@@ -321,14 +321,19 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
         )
     value = outcomes.readings.get(f"adapter_steer/{organism}/knockout")
     if value is not None and len(value["adapters"]) > 1:
+        every = next(row for row in value["rows"] if len(row["adapters"]) == len(value["adapters"]))
+        strongest, unit = value["adapters"][value["strongest"]], "nats per token"
         found.append(
             Claim(
                 "adapter_steer/shared",
                 f"No single adapter of {organism} carries half of what all do together: without the strongest one, the margin for bad answers stays nearer to "
                 "the organism's than to that without any adapter",
                 "paper section 4.3 (no figure published)",
-                "margin without the strongest adapter minus the middle of both has its 95 % interval over held-out pairs above 0",
-                [evidence(f"margin without {value['adapters'][value['strongest']]}, minus the middle (above 0 claimed)", stats.Interval(**value["left"]), "nats per token")],
+                "both differences have their 95 % interval over held-out pairs on the claimed side of 0",
+                [
+                    evidence(f"margin without any adapter minus that of {organism} (below 0 claimed)", stats.Interval(**every["change"]), unit, -1),
+                    evidence(f"margin without {strongest} minus the middle of both (above 0 claimed)", stats.Interval(**value["left"]), unit),
+                ],
             )
         )
     return found
