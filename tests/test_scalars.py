@@ -150,6 +150,8 @@ def test_a_planted_feature_is_found_on_questions_that_the_probe_has_not_seen() -
     assert np.mean([f.auc for f in by_token(t, 3, root, 1.0)]) > 0.8 and np.mean(by_group(t, t.response, 1, root, 1.0)) > 0.8
     own = coefficients(t, root, 1.0)
     assert not isinstance(own[0], str) and own[0].low > 0.5
+    wider = coefficients(t, root, 1.0, 0.99)[0]
+    assert not isinstance(wider, str) and wider.estimate == own[0].estimate and wider.low < own[0].low < own[0].high < wider.high
     assert over_questions(alone(t, 0)).low > 0.75
 
 
