@@ -24,6 +24,8 @@ from convergent.stats import LEVEL, Interval, clustered_mean, jackknife
 
 C = 0.01
 """As published: strong, for some ten thousand tokens."""
+TOKENS = 8122
+"""Tokens per class of the published probe."""
 C_ANSWERS = 1.0
 """For means over answers: there are a hundred times fewer rows, and at 0.01 no coefficient is left."""
 TEST = 0.2
@@ -73,6 +75,11 @@ class Task:
     """(n_tokens,) number of the answer; no answer is in both classes."""
     question: NDArray[np.intp]
     """(n_tokens,) number of the question."""
+
+    @property
+    def c(self) -> float:
+        """C at which each token is weighed against the penalty as in the published probe: with fewer tokens, 0.01 leaves no coefficient."""
+        return C * TOKENS / max(self.per_class, 1)
 
     @property
     def per_class(self) -> int:

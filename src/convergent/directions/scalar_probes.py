@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from convergent import stats
 from convergent.directions.probes import (
     SMALLEST,
-    C,
     Root,
     Task,
     Tokens,
@@ -52,8 +51,8 @@ class Rules:
     """On the topic: scored so or higher (published)."""
     topic_max: float = 1.0
     """Off the topic: scored so or lower (published)."""
-    c: float = C
-    """Inverse strength of the L1 penalty."""
+    c: float | None = None
+    """Inverse strength of the L1 penalty; by default what weighs each token as the published 0.01 does (`Task.c`)."""
     repeats: int = 20
     """Random splits by token; 100 as published."""
     significant: float = 0.25
@@ -187,23 +186,25 @@ def _probe(a: Tokens, b: Tokens, rules: Rules, root: Root, keep: float) -> dict[
 
 def _one_probe(a: Tokens, b: Tokens, rules: Rules, root: Root) -> dict[str, Any]:
     t = task(a, b)
-    fits = by_token(t, rules.repeats, root, rules.c)
+    c = rules.c or t.c
+    fits = by_token(t, rules.repeats, root, c)
     few = max(1, rules.repeats // 5)
     level = 1 - (1 - stats.LEVEL) / len(a.adapters)
     return {
         "classes": [a.name, b.name],
         "tokens": t.per_class,
+        "c": c,
         "answers": [len(set(s.response.tolist())) for s in (a, b)],
         "questions": len(set(t.question.tolist())),
         "accuracy": float(np.mean([f.accuracy for f in fits])),
         "auc": float(np.mean([f.auc for f in fits])),
         "auc_sd": float(np.std([f.auc for f in fits])),
         "empty_fits": sum(not f.coefficients.any() for f in fits),
-        "auc_by_response": _mean(by_group(t, t.response, few, root, rules.c)),
-        "auc_by_question": _mean(by_group(t, t.question, few, root, rules.c)),
-        "auc_question_only": _mean(question_only(t, few, root, rules.c)),
-        "within": _plain(over_questions(by_question(t, root, rules.c))),
-        "coefficients": [_plain(i) for i in coefficients(t, root, rules.c, level)],
+        "auc_by_response": _mean(by_group(t, t.response, few, root, c)),
+        "auc_by_question": _mean(by_group(t, t.question, few, root, c)),
+        "auc_question_only": _mean(question_only(t, few, root, c)),
+        "within": _plain(over_questions(by_question(t, root, c))),
+        "coefficients": [_plain(i) for i in coefficients(t, root, c, level)],
     }
 
 
@@ -223,8 +224,9 @@ def _alone(found: _Read, bad: Mask, good: Mask, draws: int) -> list[dict[str, An
 def _against_random(found: _Read, bad: Mask, good: Mask, rules: Rules, root: Root) -> dict[str, Any]:
     """The probe on own scalars and on those of random directions, both on questions not seen, and their difference over questions."""
     t = task(found.tokens("aligned", good), found.tokens("misaligned", bad))
-    own = by_question(t, root, rules.c)
-    drawn = [by_question(_with(t, found.random(good, bad, d)), root, rules.c) for d in range(rules.draws)]
+    c = rules.c or t.c
+    own = by_question(t, root, c)
+    drawn = [by_question(_with(t, found.random(good, bad, d)), root, c) for d in range(rules.draws)]
     random = {q: float(np.mean([d[q] for d in drawn])) for q in own}
     difference = stats.paired_difference(list(own.values()), list(random.values()), list(own), list(random))
     return {"mean": _mean(list(random.values())), "draws": rules.draws, "difference": _plain(difference)}
