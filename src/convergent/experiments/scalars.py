@@ -233,8 +233,9 @@ def chapter(block: ScalarsBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
 
 
 _PROBES = (
-    "Class 0 against class 1, balanced; n is tokens per class. Accuracy and AUC by token: mean of {repeats} random 80/20 splits, as published (C weighs each token as the published 0.01 did, if not set). By "
-    "response and by question: mean over folds of whole groups. Question alone: what an AUC by token reaches without any scalar. Within questions: a probe "
+    "Class 0 against class 1, balanced; n is tokens per class. Accuracy and AUC by token: mean of {repeats} random 80/20 splits, as published (unless it is "
+    "set, C weighs each token as the published 0.01 did). By response and by question: mean over folds of whole groups. Question alone: what an AUC by token "
+    "reaches without any scalar. Within questions: a probe "
     "fitted on the other questions, tested inside each one, mean with 95 % interval over questions; chance is 0.5. Significant tokens: significance of "
     "{smallest:.3g} nats or more."
 )
