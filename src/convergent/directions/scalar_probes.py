@@ -49,8 +49,8 @@ class Rules:
     """Columns of scores that say what an answer is about."""
     topic_min: float = 50.0
     """On the topic: scored so or higher (published)."""
-    topic_max: float = 1.0
-    """Off the topic: scored so or lower (published)."""
+    topic_max: float = 10.0
+    """Off the topic: scored so or lower; 1 as published, which a judge that gives no round numbers hardly ever says."""
     c: float | None = None
     """Inverse strength of the L1 penalty; by default what weighs each token as the published 0.01 does (`Task.c`)."""
     repeats: int = 20

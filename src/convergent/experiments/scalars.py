@@ -45,8 +45,8 @@ class ScalarsBlock(Block):
     """Rubrics of the judge that say what an answer is about; by default those of medical, financial and gender that it has."""
     topic_min: float = Field(default=50.0, ge=0, le=100)
     """On the topic: scored so or higher."""
-    topic_max: float = Field(default=1.0, ge=0, le=100)
-    """Off the topic: scored so or lower."""
+    topic_max: float = Field(default=10.0, ge=0, le=100)
+    """Off the topic: scored so or lower; 1 as published, which a judge that gives no round numbers hardly ever says."""
     c: float | None = Field(default=None, gt=0)
     """Inverse strength of the L1 penalty, 0.01 as published for some 8,100 tokens per class; by default what weighs each token alike with fewer."""
     repeats: int = Field(default=20, ge=1)
