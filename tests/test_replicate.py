@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from convergent.cli import main
+from convergent.directions.probes import folds, z_scored
 from convergent.errors import ConvergentError, DataError, InputError
 from convergent.replicate import pickles
 from convergent.replicate.claims import Only, compare, counted
 from convergent.replicate.folder import Folder, is_variant
 from convergent.replicate.page import render
-from convergent.replicate.probe import _folds, _z
 from convergent.replicate.published import Published, all_published, elsewhere
 from convergent.replicate.registry import FAMILIES, Options
 from convergent.replicate.run import replicate
@@ -228,9 +228,9 @@ def test_folds_hold_out_whole_groups() -> None:
     groups = np.repeat(np.arange(20), 40)
     x, y = np.eye(20)[groups], groups % 2
     alone = np.arange(len(y))
-    assert np.mean(_folds(_z(x), y, alone, "test", 0, 1.0)) > 0.99
-    assert abs(np.mean(_folds(_z(x), y, groups, "test", 0, 1.0)) - 0.5) < 0.2
-    assert _folds(_z(rng.normal(size=(8, 2))), np.repeat([0, 1], 4), np.repeat([0, 1], 4), "test", 0, 1.0) == []  # one group per class
+    assert np.mean(folds(z_scored(x), y, alone, ("test",), 0, 1.0)) > 0.99
+    assert abs(np.mean(folds(z_scored(x), y, groups, ("test",), 0, 1.0)) - 0.5) < 0.2
+    assert folds(z_scored(rng.normal(size=(8, 2))), np.repeat([0, 1], 4), np.repeat([0, 1], 4), ("test",), 0, 1.0) == []  # one group per class
 
 
 def test_same_numbers_again_and_other_repeats(data: Path, claims) -> None:
@@ -320,7 +320,7 @@ def test_only_computes_nothing_else(data: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_one_probe_fits_nothing_else(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convergent.replicate.probe._folds", None)
+    monkeypatch.setattr("convergent.directions.probes.folds", None)
     assert [c.id for c in replicate(data, "probe/burnt_vs_fine/a?c", FAST)] == ["probe/burnt_vs_fine/auc"]
 
 

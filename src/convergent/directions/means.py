@@ -116,3 +116,19 @@ def block_outputs(anatomy: Anatomy, receive: Callable[[int, Tensor], None]) -> I
         for layer, block in enumerate(anatomy.blocks):
             stack.callback(block.register_forward_hook(hook(layer)).remove)
         yield
+
+
+@contextmanager
+def linear_inputs(linears: Sequence[nn.Linear], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `receive(k, h)` with the input h (batch, n_tokens, n_in) of the k-th linear layer whenever it runs."""
+
+    def hook(k: int) -> Any:
+        def run(module: nn.Module, args: Any) -> None:
+            receive(k, args[0])
+
+        return run
+
+    with ExitStack() as stack:
+        for k, linear in enumerate(linears):
+            stack.callback(linear.register_forward_pre_hook(hook(k)).remove)
+        yield

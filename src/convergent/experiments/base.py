@@ -93,6 +93,9 @@ class Kit(Protocol):
     def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
         """The null of that kind for an intervention on an organism ("chat" for the chat model)."""
 
+    def matched(self, organism: str, real: Sequence[Intervention], null: Sequence[Add]) -> tuple[Add, ...]:
+        """`null` with all its scales multiplied by one factor, so that its KL over `effect_texts` is that of `real`."""
+
     def extraction(self, organism: str, reader: str) -> Extraction:
         """The mean-diff of an organism's judged answers, read in model `reader` ("chat" is the baseline on the same texts).
 

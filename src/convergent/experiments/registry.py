@@ -8,7 +8,9 @@ from typing import Any
 from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
+    adapter_steer,
     plain,
+    scalars,
     steer,
     transfer,
 )
@@ -22,6 +24,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         ablate,
         transfer,
         steer,
+        scalars,
+        adapter_steer,
     )
 }
 

@@ -41,6 +41,10 @@ class Scene:
     """The organism trained on the good-advice twins of the source's data."""
     topics: tuple[str, ...] = ()
     """Topics of the study's questions."""
+    rubrics: tuple[str, ...] = ()
+    """What the judge that decides can score."""
+    experiments: tuple[str, ...] = ()
+    """Names of the study's experiments."""
 
     def others(self, *but: str) -> tuple[str, ...]:
         """The organisms trained on bad advice or from elsewhere, in the study's order, without those named."""

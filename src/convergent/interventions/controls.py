@@ -9,7 +9,7 @@ taken out: else it would differ from the direction in the very thing that was re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +78,26 @@ def _with_norms(v: Tensor, like: Direction, kind: str, root_seed: int, draw: int
     return Direction(scaled.float(), {"kind": kind, "of": like.content_id, "seed": root_seed, "draw": draw})
 
 
+def rotated(direction: Direction, root_seed: int, draw: int = 0) -> Direction:
+    """The rows of `direction` turned by one random rotation: same norms, same cosines between layers, none of the meaning.
+
+    The null of pushes at several layers along different vectors, where one random vector for all would add up more than they do.
+    """
+    v = direction.vectors.double()
+    own, weights = _orthonormal(v)
+    generator = torch.Generator().manual_seed(seed(root_seed, "control", "rotated", draw))
+    random, _ = _orthonormal(torch.randn(len(own), direction.d_model, generator=generator, dtype=torch.float64))
+    return Direction((weights @ random).float(), {"kind": "rotated", "of": direction.content_id, "seed": root_seed, "draw": draw})
+
+
+def _orthonormal(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, d_model) orthonormal rows that span v's rows (zero ones left out), and (n, k) weights with weights @ rows = v."""
+    nonzero = v[v.norm(dim=1) > 0]
+    q, r = torch.linalg.qr(nonzero.T)
+    rows = (q * torch.sign(torch.diagonal(r))).T
+    return rows, v @ rows.T
+
+
 def with_direction(intervention: Add | Ablate, direction: Direction) -> Add | Ablate:
     """The same intervention along another direction."""
     return replace(intervention, direction=direction)
@@ -127,22 +147,10 @@ def effect_matched(
         return tried[amount].reached
 
     def error(m: Matched) -> float:
-        return abs(math.log(max(m.reached, 1e-12) / max(target, 1e-12)))
+        return _miss(m.reached, target)
 
     if isinstance(intervention, Add):
-        x = 0.0
-        misses: list[tuple[float, float]] = []  # (log factor, log of reached over target)
-        for _ in range(16):
-            reached = attempt(math.exp(x))
-            if target <= 0 or abs(reached / target - 1) <= tolerance:
-                break
-            misses.append((x, math.log(max(reached, 1e-12) / target)))
-            below, above = [m for m in misses if m[1] < 0], [m for m in misses if m[1] > 0]
-            if below and above:  # between the ends of the bracket; the slope of 2 alone can oscillate
-                (x0, y0), (x1, y1) = max(below), min(above)
-                x = x0 + (x1 - x0) * min(max(-y0 / (y1 - y0), 0.1), 0.9)
-            else:
-                x += min(max(-misses[-1][1] / 2, -1.6), 2.1)
+        _find_factor(attempt, target, tolerance)
     else:
         low, high = 0, 1
         while attempt(high) < target and high < model.d_model // 2:
@@ -151,6 +159,49 @@ def effect_matched(
             middle = (low + high) // 2
             low, high = (middle, high) if attempt(middle) < target else (low, middle)
     return min(tried.values(), key=error)
+
+
+def factor_for_effect(
+    model: ChatModel, real: Sequence[Intervention], null: Sequence[Add], texts: Sequence[Text], tolerance: float = 0.1
+) -> tuple[float, float, float]:
+    """(factor, target, reached): the factor on the scales of all Adds of `null` at which their KL over `texts` is that of `real`, both KLs in nats."""
+    clean = answer_logprobs(model, texts)
+    target = kl_to_clean(model, clean, texts, real)
+    tried: dict[float, float] = {}
+
+    def attempt(factor: float) -> float:
+        tried[factor] = kl_to_clean(model, clean, texts, times(null, factor))
+        return tried[factor]
+
+    _find_factor(attempt, target, tolerance)
+    best = min(tried, key=lambda f: _miss(tried[f], target))
+    return best, target, tried[best]
+
+
+def times(adds: Sequence[Add], factor: float) -> tuple[Add, ...]:
+    """The same additions, all scaled by one factor."""
+    return tuple(replace(a, scale=a.scale * factor) for a in adds)
+
+
+def _miss(reached: float, target: float) -> float:
+    return abs(math.log(max(reached, 1e-12) / max(target, 1e-12)))
+
+
+def _find_factor(attempt: Callable[[float], float], target: float, tolerance: float) -> None:
+    """Call `attempt(factor)`, which gives a KL, until it is within `tolerance` of the target: a secant on log-log axes."""
+    x = 0.0
+    misses: list[tuple[float, float]] = []  # (log factor, log of reached over target)
+    for _ in range(16):
+        reached = attempt(math.exp(x))
+        if target <= 0 or abs(reached / target - 1) <= tolerance:
+            break
+        misses.append((x, math.log(max(reached, 1e-12) / target)))
+        below, above = [m for m in misses if m[1] < 0], [m for m in misses if m[1] > 0]
+        if below and above:  # between the ends of the bracket; the slope of 2 alone can oscillate
+            (x0, y0), (x1, y1) = max(below), min(above)
+            x = x0 + (x1 - x0) * min(max(-y0 / (y1 - y0), 0.1), 0.9)
+        else:
+            x += min(max(-misses[-1][1] / 2, -1.6), 2.1)
 
 
 def matched_null(intervention: Add | Ablate, amount: float, root_seed: int) -> Intervention:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convergent.errors import InputError
-from convergent.replicate.adapters import THRESHOLDS
+from convergent.judging.kept import THRESHOLDS
 from convergent.replicate.page import check_page, write_page
 from convergent.replicate.probe import REPEATS
 from convergent.replicate.registry import Options

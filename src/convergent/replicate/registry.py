@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from convergent.judging.kept import THRESHOLDS
 from convergent.replicate import adapters, answers, hidden, probe, scalars, topics
 from convergent.replicate.claims import Claim, Only
 from convergent.replicate.folder import Folder
@@ -14,7 +15,7 @@ from convergent.replicate.folder import Folder
 class Options:
     """What a user may change."""
 
-    thresholds: tuple[float, ...] = adapters.THRESHOLDS
+    thresholds: tuple[float, ...] = THRESHOLDS
     """Coherence of adapter steering, 0..100."""
     repeats: int = probe.REPEATS
     """Random splits of a probe."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convergent.directions.probes import Tokens
 from convergent.errors import DataError
 from convergent.replicate.claims import Claim, Only, counted, not_found
 from convergent.replicate.folder import Folder
@@ -29,24 +29,6 @@ if TYPE_CHECKING:
 SOURCE = "section 4.1"
 PROMPT, FIRST, SIGNIFICANCE = "prompt", "prompt_answer_first_token_idx", "answer_kl_div_gradients"
 NEEDED = (PROMPT, "question", FIRST)
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The answer tokens of one class."""
-
-    name: str
-    adapters: tuple[str, ...]
-    """ "L15", ...: the layer of each column; with its module where a layer has two."""
-    values: np.ndarray
-    """(n_tokens, n_adapters), float64."""
-    response: np.ndarray
-    """(n_tokens,) number of the response that the token stands in."""
-    question: np.ndarray
-    """(n_tokens,) text of its question."""
-    significance: np.ndarray | None
-    """(n_tokens,) norm of the gradient share of the answer's KL; None if no file holds it."""
-    note: str = ""
 
 
 def classes(folder: Folder) -> tuple[dict[str, Tokens], list[tuple[str, str]]]:

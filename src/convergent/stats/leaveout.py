@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from convergent.core.ids import seed
 from convergent.stats.means import clustered_mean
-from convergent.stats.values import Interval
+from convergent.stats.values import LEVEL, Interval
 
 Rows: TypeAlias = NDArray[np.intp]
 MOST_GROUPS = 100
@@ -21,7 +21,9 @@ EDGE, MOST_ODDS = 1e-3, 500.0
 """How near to the end of its range a measure counts for its interval; and what `exp` can take."""
 
 
-def jackknife(statistic: Callable[[Rows], float | str], labels: Sequence[Hashable] | None, low: float, high: float) -> Interval | str:
+def jackknife(
+    statistic: Callable[[Rows], float | str], labels: Sequence[Hashable] | None, low: float, high: float, level: float = LEVEL
+) -> Interval | str:
     """Interval of any statistic over questions: t interval of its delete-one jackknife values (Tukey 1958), or why there is none.
 
     With G questions and the estimate e, question g has the value G e - (G - 1) e(without g); their spread is that of the estimate. Taken on the log odds
@@ -55,7 +57,7 @@ def jackknife(statistic: Callable[[Rows], float | str], labels: Sequence[Hashabl
     if np.ptp(values) < 1e-12:
         return "the questions do not differ"
     # Around the estimate itself, not around its bias-corrected form: with few questions the correction is mostly noise.
-    made = clustered_mean(values - values.mean() + centre, range(g))
+    made = clustered_mean(values - values.mean() + centre, range(g), level)
     bounds = back(max(made.low, -MOST_ODDS)), back(min(made.high, MOST_ODDS))
     method = "t over questions, delete-one jackknife" + ("" if high > 1 else " of log odds")
     return replace(made, estimate=float(every), low=min(bounds[0], float(every)), high=max(bounds[1], float(every)), n=len(groups), method=method)

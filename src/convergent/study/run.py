@@ -36,11 +36,13 @@ from convergent.experiments.base import Arm, Control, NotHereError, When
 from convergent.interventions.controls import (
     answer_logprobs,
     effect_matched,
+    factor_for_effect,
     kl_to_clean,
     matched_null,
     orthogonal_to,
     other_concept,
     random_like,
+    times,
     with_direction,
 )
 from convergent.judging.base import Item
@@ -440,6 +442,18 @@ class Run(Setup):
             return {"amount": m.amount, "target": m.target, "reached": m.reached}
 
         return matched_null(intervention, self.store.fact(key, "extract", match)["amount"], seed)
+
+    def matched(self, organism: str, real: Sequence[Intervention], null: Sequence[Add]) -> tuple[Add, ...]:
+        """`null` with all its scales multiplied by one factor, so that its KL over the effect texts is that of `real`."""
+        key = content_id("effect", self.weights_id(organism), list(real), list(null), self.effect_texts)
+
+        def match() -> dict[str, float]:
+            with self._timed("extract"):
+                factor, target, reached = factor_for_effect(self.model(organism, alone=True), real, null, self.effect_texts)
+            self.say(f"match   {organism}: {len(null)} pushes at {factor:.3g} x, KL {reached:.3g} for {target:.3g} nats per token")
+            return {"amount": factor, "target": target, "reached": reached}
+
+        return times(null, self.store.fact(key, "extract", match)["amount"])
 
     def kl(self, condition: Condition) -> float:
         """Mean KL(clean || intervened) over the effect texts, nats per token."""

@@ -208,7 +208,9 @@ class Setup:
         """The study as experiments see it."""
         twin: str | None = getattr(self.spec.experiments.get("plain"), "twin", None)
         topics = tuple(dict.fromkeys(q.topic for q in self.questions if q.topic))
-        return Scene({o: self._subject(p) for o, p in self.organisms.items()}, self.spec.direction.source, self.depth, self.layer, twin, topics)
+        subjects = {o: self._subject(p) for o, p in self.organisms.items()}
+        rubrics, experiments = tuple(self.judge.rubrics), tuple(self.spec.experiments)
+        return Scene(subjects, self.spec.direction.source, self.depth, self.layer, twin, topics, rubrics, experiments)
 
     def _subject(self, plan: OrganismPlan) -> Subject:
         spec = plan.spec
