@@ -112,7 +112,7 @@ def with_judges(results: Results, seed: int = 1) -> Results:
         a[f"{rubric}_openai-mini_reason"] = np.where(a[f"{rubric}_openai-mini"].isna(), "refusal", "")
     a["aligned_trusted"] = np.where(trusted, np.clip(a["aligned"] + 4 + rng.normal(0, 9, len(a)), 0, 100), math.nan)
     a["coherent_trusted"] = math.nan
-    raters = judging.labelled(["embedded-1", other], ["embedded-1", f"{other}#01234567"], True)
+    raters = judging.labelled(["embedded-2", other], ["embedded-2", f"{other}#01234567"], True)
     names = list(results.conditions["name"])
     claims = [{**c, "verdict": {"turns": "did not hold", "ablation": "undecided"}.get(c["id"], c["verdict"])} for c in results.claims]
     card = {
@@ -120,7 +120,7 @@ def with_judges(results: Results, seed: int = 1) -> Results:
         "cross_validation": {"aligned": {"file": {"n": 6372, "spearman": 0.781, "auc_below_threshold": 0.889}, "question": {"n": 6372, "spearman": 0.556}}},
     }  # fmt: skip
     judges = [
-        {"name": "embedded-1", "id": "embedded-1", "role": "decides", "rubrics": ["aligned", "coherent"], "card": card,
+        {"name": "embedded-2", "id": "embedded-2", "role": "decides", "rubrics": ["aligned", "coherent"], "card": card,
          "scored": {r: int(a[r].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
         {"name": other, "id": f"{other}#01234567", "role": "compared", "rubrics": ["aligned", "coherent"], "card": {},
          "scored": {r: int(a[f"{r}_openai-mini"].notna().sum()) for r in ("aligned", "coherent")}, "of": len(a)},
@@ -129,7 +129,7 @@ def with_judges(results: Results, seed: int = 1) -> Results:
         results, answers=a, study={**results.study, "judges": judges, "trusted": {"file": "anna.csv", "sha256": "0" * 64, "scored": int(trusted.sum())}},
         sensitivity=judging.sensitivity(a, names), missing_scores=judging.missing_scores(a, names, raters), by_judge=judging.by_judge(a, names, raters),
         agreement=judging.agreements(a, raters), contested=judging.contested(a, raters),
-        reversals=judging.reversals({"embedded-1": results.claims, other: claims}),
+        reversals=judging.reversals({"embedded-2": results.claims, other: claims}),
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def build(per_question: int = 4, hostile: bool = True, n_layers: int = 30, seed:
             "seeds": {"training": 0, "sampling": 1, "controls": 2},
             "sampling": {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 80},
             "judge": {
-                "name": "embedded-1",
+                "name": "embedded-2",
                 "card": {
                     "spearman (leave one model out)": 0.73,
                     "AUC, aligned < 30": 0.86,

@@ -205,12 +205,12 @@ def test_grid_of_thresholds_counts_as_the_table_does(results: Results, drawn: li
 def test_judges_are_introduced_compared_and_contradicted(html: str, results: Results) -> None:
     section = html[html.index('id="judging"') : html.index('id="answers"')]
     plain = " ".join("".join(Page(section).texts).split())
-    assert "embedded-1 decides: every rate and verdict is by its scores" in plain and "openai:mini for comparison" in plain
+    assert "embedded-2 decides: every rate and verdict is by its scores" in plain and "openai:mini for comparison" in plain
     assert "This judge ships no card." in plain and "one model file" in plain and "0.78" in plain  # the card's own table
     assert "Scores of aligned by openai:mini are missing for " in plain and "(A, layer 15 vector everywhere) of a condition's answers" in plain
-    assert "Reversed: Narrow bad advice makes the chat model less aligned on open questions: held by embedded-1, did not hold by openai:mini." in plain
-    assert "held by embedded-1, undecided by openai:mini" in plain and "anna.csv" in plain
-    assert "embedded-1 and openai:mini" in plain and "embedded-1 and trusted" in plain
+    assert "Reversed: Narrow bad advice makes the chat model less aligned on open questions: held by embedded-2, did not hold by openai:mini." in plain
+    assert "held by embedded-2, undecided by openai:mini" in plain and "anna.csv" in plain
+    assert "embedded-2 and openai:mini" in plain and "embedded-2 and trusted" in plain
     assert html.index("Judges reverse 1 verdict:") < html.index('<article class="claim')
     assert "Not the same by another judge: did not hold by openai:mini." in html and html.count("Not the same by another judge:") == 2
     assert section.count('class="answer"') == 10

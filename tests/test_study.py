@@ -176,7 +176,7 @@ def test_manifest_names_what_the_figures_depend_on(done: Path) -> None:
     manifest = json.loads((done / "out" / "manifest.json").read_text())
     assert manifest["study"]["organisms"]["A"]["seed"] is None and manifest["study"]["sampling"]["top_p"] == 1.0  # defaults too
     assert {"torch", "transformers", "peft", "convergent"} <= set(manifest["versions"])
-    assert manifest["judge"].startswith("embedded-1") and manifest["seeds"] == {"study": 0}
+    assert manifest["judge"].startswith("embedded-2#") and manifest["seeds"] == {"study": 0}
     assert len(manifest["sha256"]) == 3 + 7
     for name, checksum in manifest["sha256"].items():
         assert file_sha256(done / "out" / name) == checksum, name
@@ -285,7 +285,7 @@ def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: p
     """Its name may stay while its rubrics or its fit change: what decides is its content id."""
 
     class Other:
-        name, rubrics, content_id = "embedded-1", ("aligned", "coherent"), "0123456789abcdef"
+        name, rubrics, content_id = "embedded-2", ("aligned", "coherent"), "0123456789abcdef"
 
         def judge(self, items: Any, rubrics: Any = (), on_result: Any = None) -> list[Judgement]:
             found = [Judgement(i.id, self.name, rubric, 40.0) for i in items for rubric in rubrics]
@@ -299,14 +299,14 @@ def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: p
         ids = [x.id for x in r.requests(r.plain)]
         r.judge_all([ids])
         r.judge_all([ids])
-        assert {j.score for j in store.judgements("embedded-1#01234567").values()} == {40.0}
+        assert {j.score for j in store.judgements("embedded-2#01234567").values()} == {40.0}
     assert len(rows(copy / "out", "judgements")) == 2 * N_RESPONSES + 2 * len(ids)
 
 
 def test_judgements_that_failed_are_asked_again_and_counted_as_missing(copy: Path, no_report: None) -> None:
     with opened(copy / "out") as store:
         before = len(rows(copy / "out", "judgements"))
-        store.add_judgement(Judgement("x", "embedded-1", "aligned", None, "error", "timeout"), "embedded-1")
+        store.add_judgement(Judgement("x", "embedded-2", "aligned", None, "error", "timeout"), "embedded-2")
         assert len(rows(copy / "out", "judgements")) == before
 
 

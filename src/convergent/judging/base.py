@@ -30,7 +30,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """Name with version, stored beside every score, e.g. `embedded-1` or `openai:gpt-4o`."""
+        """Name with version, stored beside every score, e.g. `embedded-2` or `openai:gpt-4o`."""
 
     @property
     def rubrics(self) -> tuple[str, ...]:

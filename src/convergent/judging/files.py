@@ -27,7 +27,8 @@ def judge_file(
 
     Needs the columns `question` and `response`; `question_id` is used if there. A column `id` must name each row once:
     judged tables are matched by it. `on_total` is told how many judgements will come. Adds `<rubric>` (float, empty where
-    there is no score) and `<rubric>_reason` (empty where there is one) as last columns. Rows keep their order and all
+    there is no score) and `<rubric>_reason` (empty where there is one) as last columns, and `far` if the judge says how
+    unlike an answer is to those it was fitted to (`far(judgement)`, 0 to 100). Rows keep their order and all
     other columns; a column that already has such a name is kept as `<name>_before`. `out` appears whole, when all is
     judged; a paid judge's replies are in its cache by then, so an interrupted run goes on where it stopped. Raises
     DataError, JudgeError.
@@ -62,6 +63,8 @@ def judge_file(
         scores = [float("nan") if j.score is None else j.score for j in mine]
         added[rubric] = pd.Series(scores, index=table.index, dtype="float64")
         added[f"{rubric}_reason"] = pd.Series([j.reason for j in mine], index=table.index, dtype="str")
+    if (far := getattr(judge, "far", None)) is not None:
+        added["far"] = pd.Series([far(j) for j in judgements[:: len(rubrics)]], index=table.index, dtype="float64")
     table = _make_room(table, list(added)).assign(**added)
     if out is not None:
         write_table(table, out)

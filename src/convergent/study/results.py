@@ -351,10 +351,11 @@ def _limits(run: Run) -> list[str]:
         "Nulls are single draws; the direction is read in one organism with one seed. Seeds are varied in scripts, outside this page.",
     ]
     if run.judge.name.startswith("embedded"):
-        found.insert(0, "The judge is a small regression on sentence embeddings, fitted to GPT-4o scores of much larger models' answers. It ranks "
-                        "conditions; its level, and so EM %, is rough. It takes talk of risky money for misalignment: "
-                        "EM of finance organisms came out 1.0 to 2.3 times GPT-4o's (median 1.4), "
-                        "of others 0.4 to 2.0 times (median 0.7), so part of a finance effect is the judge.")  # fmt: skip
+        ratio = card()["em_rate_over_reference_by_domain"]["file_left_out"]
+        domains = ", ".join(f"{d['lowest']} to {d['highest']} times (pooled {d['pooled']}) on {name}" for name, d in ratio.items())
+        found.insert(0, "The judge is a small regression on sentence embeddings and n-grams, fitted to GPT-4o scores of much larger models' answers. It ranks "
+                        "conditions; its level, and so EM %, is rough. EM of released organisms came out, against GPT-4o's and by the training "
+                        f"domain of the organism: {domains}. So part of a difference between domains is the judge.")  # fmt: skip
     if run.spec.base == EMBEDDED:
         found.append("At 135M parameters EM % is nearly empty and follows coherence (as published for models under 1B). Mean alignment and the margin "
                      "are the primary outcomes; nothing here says that a larger model behaves alike.")  # fmt: skip
