@@ -9,6 +9,8 @@ from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
     plain,
+    self_correction,
+    semantic,
     steer,
     transfer,
 )
@@ -22,6 +24,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         ablate,
         transfer,
         steer,
+        semantic,
+        self_correction,
     )
 }
 

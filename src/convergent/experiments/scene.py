@@ -41,6 +41,8 @@ class Scene:
     """The organism trained on the good-advice twins of the source's data."""
     topics: tuple[str, ...] = ()
     """Topics of the study's questions."""
+    rubrics: tuple[str, ...] = ()
+    """What the judge that decides can score."""
 
     def others(self, *but: str) -> tuple[str, ...]:
         """The organisms trained on bad advice or from elsewhere, in the study's order, without those named."""

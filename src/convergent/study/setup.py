@@ -188,7 +188,8 @@ class Setup:
         """The study as experiments see it."""
         twin: str | None = getattr(self.spec.experiments.get("plain"), "twin", None)
         topics = tuple(dict.fromkeys(q.topic for q in self.questions if q.topic))
-        return Scene({o: self._subject(p) for o, p in self.organisms.items()}, self.spec.direction.source, self.depth, self.layer, twin, topics)
+        subjects = {o: self._subject(p) for o, p in self.organisms.items()}
+        return Scene(subjects, self.spec.direction.source, self.depth, self.layer, twin, topics, tuple(self.judge.rubrics))
 
     def _subject(self, plan: OrganismPlan) -> Subject:
         spec = plan.spec
