@@ -94,7 +94,8 @@ def _difference(read: PerAnswer, rows: TopicRows, keep: np.ndarray) -> Tensor:
 
 
 def _kept(rows: Rows, keep: np.ndarray) -> Rows:
-    return rows[keep[rows]]
+    kept: Rows = rows[keep[rows]]
+    return kept
 
 
 def over_questions(data: Labelled, cosines_of: Any) -> dict[str, Any]:

@@ -179,8 +179,10 @@ def _added(kit: Kit, topic: str, part: str, block: SemanticBlock) -> Add:
             raise NotHereError(f"{topic}: too few aligned answers off the topic to say what the topic alone is")
         vector = torch.tensor(own["about"]["vector"], dtype=torch.float64)
     else:
-        vector = torch.tensor(own["vector"], dtype=torch.float64)
-        vector = along(vector, kit.direction[kit.layer].double())[1] if part == "rest" else vector
+        whole = torch.tensor(own["vector"], dtype=torch.float64)
+        vector = along(whole, kit.direction[kit.layer].double())[1] if part == "rest" else whole
+        if vector.norm() <= 1e-5 * whole.norm():  # rounding, which must not be blown up to a direction
+            raise NotHereError(f"{topic}: its direction is the general one, so there is no rest to steer with")
     return Add(_alone(vector, kit.direction, kit.layer, {"kind": f"topic/{part}", "topic": topic}), kit.layer, block.scale)
 
 
@@ -299,8 +301,8 @@ def _cosine_claim(topic: str, own: Mapping[str, Any], scene: Scene) -> Claim:
             comparisons.append(evidence(f"cosine with the general direction, minus that of {words} (below 0 claimed)", d, "cosine", -1))
     band = at_layer(own["subsets"], layer)
     if band is not None:
-        ends = [general[e][layer] - band[1] for e in ("cosine", "low", "high")]
-        d = stats.Interval(*ends, n, "jackknife", stats.OVER_QUESTIONS, own["questions"])
+        cosine, low, high = (float(general[e][layer] - band[1]) for e in ("cosine", "low", "high"))
+        d = stats.Interval(cosine, low, high, n, "jackknife", stats.OVER_QUESTIONS, own["questions"])
         comparisons.append(evidence("the same, interval over questions (below 0 claimed)", d, "cosine", -1))
     return Claim(
         f"semantic/cosine/{topic}",
