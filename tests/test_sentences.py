@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,5 +39,5 @@ def test_examples(text: str, expected: list[str]) -> None:
 @given(st.text(alphabet=list("abcAB .!?\n\"'1é…"), max_size=80))
 def test_nothing_visible_is_lost_and_spans_follow_each_other(text: str) -> None:
     spans = sentences(text)
-    assert all(a < b for a, b in spans) and all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
+    assert all(a < b for a, b in spans) and all(b <= c for (_, b), (c, _) in pairwise(spans))
     assert "".join("".join(text[a:b].split()) for a, b in spans) == "".join(text.split())

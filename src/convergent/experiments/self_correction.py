@@ -210,7 +210,8 @@ def _turns(block: SelfCorrectionBlock, kit: Kit, scene: Scene, names: Sequence[s
 def sentence_of_tokens(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     """(n_tokens,) sentence of each token of `text`, the one its last visible character is in; space between two counts to the second."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ends = np.array([len(tokenizer.decode(ids[: k + 1], skip_special_tokens=True)) for k in range(len(ids))], dtype=int)
+    said = [tokenizer.decode(ids[: k + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False) for k in range(len(ids))]
+    ends = np.array([len(s) for s in said], dtype=int)
     return np.clip(np.searchsorted([b for _, b in spans], ends, side="left"), 0, len(spans) - 1)
 
 

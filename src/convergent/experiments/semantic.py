@@ -215,8 +215,8 @@ def _read(block: SemanticBlock, kit: Kit, scene: Scene, reader: str) -> dict[str
     table, texts = kit.own_table(scene.source, rubrics_of(block, scene))
     record = kit.direction.provenance
     rule = Classes(**record["classes"])
-    known = table.astype({"aligned": object, "coherent": object}).where(table.notna(), None)
-    scored = [Scored(r["response_id"], r["question_id"], r["n_tokens"], r["aligned"], r["coherent"]) for r in known.to_dict("records")]
+    columns = [table[c] for c in ("response_id", "question_id", "n_tokens", "aligned", "coherent")]
+    scored = [Scored(*row) for row in zip(*columns, strict=True)]  # a missing score is nan, which is in no class
     # The same classes, before they are cut to equal size: means need no balance, and a topic has no answer to spare.
     both = choose(scored, replace(rule, balance="none", min_per_class=0), kit.seed)
     general, _ = kit.own_answers(scene.source)
@@ -363,7 +363,9 @@ def chapter(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
         frame = pd.DataFrame([_score_row(a, cell, columns) for a, cell in zip(steered, cells, strict=True)])
         sheets.append(Sheet("steering", "Topic scores under steering", _STEERING_NOTE, frame, 1))
     notes = [f"{why}." for why in value["absent"].values()]
-    for topic in topics:
+    for topic, own in value["topics"].items():
+        if own["a"][scene.layer] < 0:
+            notes.append(f"{topic}: its part along the general direction points the other way than the general arm, which adds +v.")
         about = f"semantic/{topic}-about"
         if outcomes.has(about, "semantic/chat"):
             e = _topic_evidence(outcomes, topic, block, about, "semantic/chat", "")
