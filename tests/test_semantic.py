@@ -30,7 +30,7 @@ PER_QUESTION = 4
 
 def planted(g: float, t: float, u: float, noise: float = 0.0, seed: int = 0) -> tuple[Labelled, np.ndarray]:
     """64 answers. Misaligned ones have g along axis 0; on the topic (half of each class, to every question) they have t along axis 1 as well,
-    and answers of both classes on the topic have u along axis 2."""
+    and answers of both classes on the topic have u along axis 2, and a third of it along axis 0."""
     x = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * noise
     questions = [f"q{i % 32 // PER_QUESTION}" for i in range(64)]
     low, high = np.arange(32), np.arange(32, 64)
@@ -38,6 +38,7 @@ def planted(g: float, t: float, u: float, noise: float = 0.0, seed: int = 0) -> 
     x[:32, :, 0] += g
     x[:32, :, 1] += t * torch.from_numpy(inside[:32, None].astype(float))
     x[:, :, 2] += u * torch.from_numpy(inside[:, None].astype(float))
+    x[:, :, 0] += u / 3 * torch.from_numpy(inside[:, None].astype(float))
     return Labelled(PerAnswer(x, torch.ones(64, dtype=torch.float64)), low, high, questions, (low, high)), inside
 
 
@@ -45,11 +46,13 @@ def test_a_planted_topic_by_hand() -> None:
     data, inside = planted(2, 2, 3)
     rows = topic_rows(data, inside)
     found = measure(data, rows, 1, 39, 0, True)
-    # v_t = (2, 2, 0), v = (2, 1, 0): cosine 6 / sqrt(8 * 5), a = 6 / 5; what the topic alone is lies along axis 2.
+    # v_t = (2, 2, 0), v = (2, 1, 0): cosine 6 / sqrt(8 * 5), a = 6 / 5, rest (-0.4, 0.8, 0); what the topic alone is: (1, 0, 3).
     assert found["general"]["cosine"] == pytest.approx([6 / math.sqrt(40)] * 3)
     assert found["a"] == pytest.approx([1.2] * 3) and found["outside"] == pytest.approx([0.1] * 3)
-    assert found["vector"][:3] == pytest.approx([2, 2, 0]) and found["about"]["vector"][:3] == pytest.approx([0, 0, 3])
-    assert found["about"]["own"]["cosine"] == pytest.approx([0] * 3) and found["about"]["rest"] == pytest.approx([0] * 3)
+    assert found["vector"][:3] == pytest.approx([2, 2, 0]) and found["about"]["vector"][:3] == pytest.approx([1, 0, 3])
+    about = found["about"]
+    assert about["own"]["cosine"] == pytest.approx([2 / math.sqrt(80)] * 3) and about["rest"] == pytest.approx([-0.4 / math.sqrt(8)] * 3)
+    assert about["general"] == pytest.approx([2 / math.sqrt(50)] * 3)
     assert (found["n_misaligned"], found["n_aligned"], found["questions"], found["about"]["n_off"]) == (16, 16, 8, 16)
 
 
