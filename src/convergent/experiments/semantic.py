@@ -54,7 +54,7 @@ class SemanticBlock(Block):
     """Topics of the user's own: name -> words. An answer that holds one of them as a whole word is on the topic."""
     topic_min: float = Field(default=50.0, ge=0, le=100)
     """An answer is on a topic of the judge's from this score on (the paper's medical answers: 50 to 100)."""
-    min_rows: int = Field(default=6, ge=2)
+    min_rows: int = Field(default=5, ge=2)
     """Fewest answers of each class on a topic, and aligned ones off it, for a direction."""
     draws: int = Field(default=199, ge=19)
     """Random subsets behind each null band."""
