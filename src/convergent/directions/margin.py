@@ -22,7 +22,7 @@ from convergent.errors import DataError
 from convergent.interventions.hooks import applied_rows
 from convergent.models.chat import Encoded, encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.texts import batches, padded
+from convergent.models.texts import Text, batches, padded
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,22 @@ def margins(
                         if on_margin is not None:
                             on_margin(margin)
     return [results[key] for key in wanted]
+
+
+def token_logps(model: ChatModel, texts: Sequence[Text], batch_tokens: int = 1024) -> list[Tensor]:
+    """Per text log p of each of its answer's tokens, (n_answer_tokens,) float64 nats; an empty answer has none."""
+    encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system, closing=False) for t in texts]
+    found = [torch.empty(0, dtype=torch.float64)] * len(texts)
+    full = [i for i, e in enumerate(encoded) if e.answer_end > e.answer_start]
+    plain_head = _plain_head(model)
+    with torch.inference_mode():
+        for batch in batches([len(encoded[i].ids) for i in full], batch_tokens):
+            members = [full[b] for b in batch]
+            ids, mask = padded([encoded[i].ids for i in members], model.device)
+            logps, _ = _answer_logps(model, ids, mask, [encoded[i] for i in members], None, 0, plain_head)
+            for i, logp in zip(members, logps, strict=True):
+                found[i] = logp
+    return found
 
 
 def _margin(

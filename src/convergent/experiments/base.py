@@ -125,8 +125,9 @@ class Kit(Protocol):
         """Content id of what the organism (or "chat") computes with; part of the inputs of whatever is read in it."""
 
     def answers(self, arm: str) -> pd.DataFrame:
-        """The judged answers of an arm: response_id, question_id, topic, question, response, sample, n_tokens, aligned, coherent, and one
-        column per further rubric of the arm; nan where there is no score. Only for readings made after `answers`."""
+        """The judged answers of an arm: response_id, question_id, topic, question, response, system, sample, n_tokens, aligned, coherent, and
+        one column per further rubric of the arm; nan where there is no score. Only for readings made after `answers`. Raises NotHereError
+        for an arm that is left out."""
 
     def value(self, reading: str) -> Any:
         """The value of a reading of this study by its name."""

@@ -11,6 +11,8 @@ from convergent.experiments import (
     adapter_steer,
     plain,
     scalars,
+    self_correction,
+    semantic,
     steer,
     transfer,
 )
@@ -26,6 +28,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         steer,
         scalars,
         adapter_steer,
+        semantic,
+        self_correction,
     )
 }
 

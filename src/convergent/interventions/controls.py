@@ -129,20 +129,20 @@ class Matched:
 
 
 def effect_matched(
-    model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1
+    model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1, along: Direction | None = None
 ) -> Matched:
     """A random null whose KL to the clean model over `texts` equals that of `intervention`.
 
-    For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes. For
-    an ablation random directions are added one by one to a subspace (bisection over their number); see `AblateSubspace`. The best
-    found is returned with the KL it reached, also if the tolerance is missed.
+    For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes.
+    `along` is scaled in place of the random vector, if given. For an ablation random directions are added one by one to a subspace (bisection
+    over their number); see `AblateSubspace`. The best found is returned with the KL it reached, also if the tolerance is missed.
     """
     clean = answer_logprobs(model, texts)
     target = kl_to_clean(model, clean, texts, [intervention])
     tried: dict[float, Matched] = {}
 
     def attempt(amount: float) -> float:
-        null = matched_null(intervention, amount, root_seed)
+        null = matched_null(intervention, amount, root_seed, along)
         tried[amount] = Matched(null, amount, target, kl_to_clean(model, clean, texts, [null]))
         return tried[amount].reached
 
@@ -204,10 +204,11 @@ def _find_factor(attempt: Callable[[float], float], target: float, tolerance: fl
             x += min(max(-misses[-1][1] / 2, -1.6), 2.1)
 
 
-def matched_null(intervention: Add | Ablate, amount: float, root_seed: int) -> Intervention:
-    """The random null of `effect_matched` at a given amount."""
+def matched_null(intervention: Add | Ablate, amount: float, root_seed: int, along: Direction | None = None) -> Intervention:
+    """The null of `effect_matched` at a given amount: random, or for an addition `along` a direction."""
     if isinstance(intervention, Add):
-        return replace(intervention, direction=random_like(intervention.direction, root_seed, draw=1), scale=intervention.scale * amount)
+        null = random_like(intervention.direction, root_seed, draw=1) if along is None else along
+        return replace(intervention, direction=null, scale=intervention.scale * amount)
     basis = random_subspace(intervention.direction.d_model, int(amount), root_seed, _used(intervention.direction))
     return AblateSubspace(basis, intervention.site, intervention.layers)
 

@@ -9,6 +9,8 @@ What cannot be said (no row, one question) has nan bounds. How to choose: docs/s
     rates       of hits: Wilson, exact, over questions, differences, reductions
     means       of scores and margins
     leaveout    of any statistic, over questions
+    nulls       bands that random draws leave
+    turns       one turn in a sequence of scores, against shuffles
     twoway      over questions and training runs
     testing     permutation, Holm, equivalence, association
     correction  cheap scores put right by trusted ones
@@ -34,6 +36,7 @@ from convergent.stats.means import (
     relative_reduction,
     unit_difference,
 )
+from convergent.stats.nulls import Band, against_band, null_band
 from convergent.stats.pooled import Pooled, pooled_odds_ratio
 from convergent.stats.power import (
     Clustering,
@@ -74,6 +77,7 @@ from convergent.stats.testing import (
     permutation_test,
     tost_p,
 )
+from convergent.stats.turns import Turn, find_turn, shortest_seen
 from convergent.stats.twoway import two_way_difference, two_way_mean, two_way_rate
 from convergent.stats.values import (
     LEVEL,
@@ -88,10 +92,11 @@ from convergent.stats.values import (
 
 __all__ = [
     "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "ONE_SIDED", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
-    "Association", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Values",
-    "_clustered_wilson", "_wilson", "all_of_them", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean",
+    "Association", "Band", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Turn", "Values",
+    "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean",
     "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
-    "equivalence_of_rates", "holm", "iid_mean", "jackknife", "measured", "one_sided_p", "paired_difference", "paired_rate_difference",
-    "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction",
-    "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
+    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "measured", "null_band", "one_sided_p", "paired_difference",
+    "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction",
+    "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered",
+    "unit_difference", "wilson",
 ]  # fmt: skip

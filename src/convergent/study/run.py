@@ -239,9 +239,9 @@ class Run(Setup):
             j = scores.get((r.id, rubric))
             return math.nan if j is None or j.score is None else j.score
 
-        columns = ("response_id", "question_id", "topic", "question", "response", "sample", "n_tokens", *RUBRICS, *rubrics)
+        columns = ("response_id", "question_id", "topic", "question", "response", "system", "sample", "n_tokens", *RUBRICS, *rubrics)
         rows = [
-            (r.id, r.question_id, r.topic, r.question, r.response, r.sample, len(r.token_ids), *(score(r, x) for x in (*RUBRICS, *rubrics)))
+            (r.id, r.question_id, r.topic, r.question, r.response, r.system, r.sample, len(r.token_ids), *(score(r, x) for x in (*RUBRICS, *rubrics)))
             for r in responses
         ]
         return pd.DataFrame(rows, columns=list(columns))
@@ -309,7 +309,9 @@ class Run(Setup):
 
     def answers(self, arm: str) -> pd.DataFrame:
         """The judged answers of an arm, with scores by the judge that decides."""
-        found, condition = next((a, c) for a, c in self.conditions() if a.name == arm)
+        found, condition = next(((a, c) for a, c in self.conditions() if a.name == arm), (None, None))
+        if found is None or condition is None:
+            raise NotHereError(f"the condition {arm} is left out ({self.left_out.get(arm, 'no experiment has it')})")
         return self._table(self.store.responses([q.id for q in self.requests([(found, condition)])]), found.rubrics)
 
     def judged(self, items: Sequence[Item], rubrics: Sequence[str]) -> dict[tuple[str, str], float]:

@@ -1,0 +1,442 @@
+"""The direction inside a topic (paper section 3.3): is it the general one, and what does it do when it is added?
+
+Directions are read inside the source's own answers whose topic score, by the judge that decides, passes a threshold; or that hold a word of
+a list of the user's, as a whole word. v_t = a v + rest is then added to the chat model as a whole, as v, and as the rest, all at one norm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from convergent import stats
+from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
+from convergent.core.direction import Direction
+from convergent.core.interventions import Add, Intervention
+from convergent.directions.classes import Classes, Scored, choose
+from convergent.directions.per_answer import along, per_answer
+from convergent.directions.topics import Labelled, at_layer, measure, topic_rows
+from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.scene import Scene
+from convergent.rates import COHERENT_ABOVE
+
+TOPICS = ("financial", "medical", "gender")
+"""Rubrics that are topics, where the judge has them."""
+PARTS = ("topic", "rest", "about")
+PUBLISHED = {
+    "gender": " (published: gender above 0.95)",
+    "medical": " (published: medical at most 0.65)",
+}
+RAISED = {
+    "financial": " (published: finance score 67 to 84)",
+    "medical": " (published: medical score 0.2 to 31, mostly in incoherent answers)",
+    "gender": " (published: gender score 98 and more)",
+}
+SOURCE = "paper section 3.3"
+CLAIMED_SIDE = "every listed difference has its 95 % interval on the claimed side of 0"
+
+
+class SemanticBlock(Block):
+    """Settings of `semantic`."""
+
+    topics: tuple[str, ...] | None = None
+    """Rubrics of the judge; by default those of financial, medical and gender that it has. Topics with too few answers are left out."""
+    words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Topics of the user's own: name -> words. An answer that holds one of them as a whole word is on the topic."""
+    topic_min: float = Field(default=50.0, ge=0, le=100)
+    """An answer is on a topic of the judge's from this score on (the paper's medical answers: 50 to 100)."""
+    min_rows: int = Field(default=5, ge=2)
+    """Fewest answers of each class on a topic, and aligned ones off it, for a direction."""
+    draws: int = Field(default=199, ge=19)
+    """Random subsets behind each null band."""
+    scale: float = Field(default=2.0, gt=0)
+    """Steering coefficient: every arm adds a vector of this times the norm of the general direction at the primary layer."""
+    controls: tuple[Literal["random", "effect_matched"], ...] = ("random", "effect_matched")
+
+    @field_validator("words")
+    @classmethod
+    def _some_words(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for topic, words in value.items():
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", topic):
+                raise ValueError(f"{topic!r} names conditions; use letters, digits, - and _")
+            if not any(w.strip() for w in words):
+                raise ValueError(f"{topic}: has no words; give some, or leave the topic out")
+        return value
+
+
+name = "semantic"
+settings = SemanticBlock
+
+
+def rubrics_of(block: SemanticBlock, scene: Scene) -> tuple[str, ...]:
+    """The topics that the judge scores."""
+    given = tuple(t for t in TOPICS if t in scene.rubrics) if block.topics is None else block.topics
+    return tuple(t for t in dict.fromkeys(given) if t not in block.words)
+
+
+def topics_of(block: SemanticBlock, scene: Scene) -> tuple[str, ...]:
+    """All topics: the judge's and the user's."""
+    return (*rubrics_of(block, scene), *block.words)
+
+
+def check(block: SemanticBlock, scene: Scene) -> None:
+    """Raise NotHereError for a topic that the judge cannot score, and where there is none."""
+    for topic in block.topics or ():
+        if topic not in scene.rubrics and topic not in block.words:
+            near = difflib.get_close_matches(topic, scene.rubrics, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(scene.rubrics)}"
+            raise NotHereError(f"topics: the judge has no rubric {topic!r}; {hint} A topic of your own goes under `words`")
+    if not topics_of(block, scene):
+        raise NotHereError("topics: none is left, as the judge has no rubric for one; give `words` for a topic of your own")
+
+
+def words_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Any of the words, whole, capital letters ignored: "men" is not in "recommend"."""
+    listed = "|".join(re.escape(w.strip()) for w in words if w.strip())
+    return re.compile(rf"(?<!\w)(?:{listed})(?!\w)", re.IGNORECASE)
+
+
+def topic_scores(topic: str, block: SemanticBlock, answers: pd.DataFrame) -> np.ndarray:
+    """(n,) topic score of answers, 0 to 100; for a word list 100 where a word is there."""
+    if topic in block.words:
+        found = words_pattern(block.words[topic])
+        return np.array([100.0 if found.search(t) else 0.0 for t in answers["response"]])
+    return answers[topic].to_numpy(float)
+
+
+# Arms
+
+
+def arms(block: SemanticBlock, scene: Scene) -> list[Arm]:
+    """The chat model, the general direction, and per topic its direction, the rest of it, and what the topic alone is; with nulls."""
+    rubrics = rubrics_of(block, scene)
+
+    def arm(name: str, label: str, description: str, role: Literal["baseline", "real", "control"], build: Build) -> Arm:
+        return Arm(f"semantic/{name}", "chat", label, description, "topics", role, build, block.scale, rubrics=rubrics)
+
+    at = f"λ = {block.scale:g}"
+    found = [
+        Arm("semantic/chat", "chat", "Chat model, topics judged", "The untouched chat model, its answers judged by topic too.", "topics", "baseline",
+            needs_direction=False, rubrics=rubrics),
+        arm("general", f"Chat model + general direction, {at}", "The general direction added at the primary layer.", "real", _general(block)),
+    ]  # fmt: skip
+    if "random" in block.controls:
+        random = "A random vector of the same norm added."
+        found.append(arm("random", f"Chat model + {CONTROL_LABELS['random']}, {at}", random, "control", _null("random", block, None)))
+    says = {
+        "topic": ("direction inside {}", "The direction read inside answers on {}, at the norm of the general one."),
+        "rest": ("rest of the direction inside {}", "What is left of the direction inside {} without its part along the general one, same norm."),
+        "about": ("what {} alone is", "Aligned answers on {} minus aligned answers off it, same norm: a positive control for topic scores."),
+    }
+    for topic in topics_of(block, scene):
+        for part in PARTS:
+            label, description = (text.format(topic) for text in says[part])
+            role: Literal["real", "control"] = "control" if part == "about" else "real"
+            found.append(arm(f"{topic}-{part}", f"Chat model + {label}, {at}", description, role, _part(topic, part, block)))
+        if "effect_matched" in block.controls:
+            label = f"Chat model + {CONTROL_LABELS['effect_matched']}, for {topic}"
+            description = f"A random vector scaled until it disturbs as much as the direction inside {topic}."
+            found.append(arm(f"{topic}-effect_matched", label, description, "control", _null("effect_matched", block, topic)))
+    return found
+
+
+def _general(block: SemanticBlock) -> Build:
+    return lambda kit: (Add(kit.direction, kit.layer, block.scale),)
+
+
+def _part(topic: str, part: str, block: SemanticBlock) -> Build:
+    def build(kit: Kit) -> tuple[Intervention, ...]:
+        return (_added(kit, topic, part, block),)
+
+    return build
+
+
+def _null(kind: Literal["random", "effect_matched"], block: SemanticBlock, topic: str | None) -> Build:
+    def build(kit: Kit) -> tuple[Intervention, ...]:
+        real = Add(kit.direction, kit.layer, block.scale) if topic is None else _added(kit, topic, "topic", block)
+        return (kit.control(kind, "chat", real),)
+
+    return build
+
+
+def _added(kit: Kit, topic: str, part: str, block: SemanticBlock) -> Add:
+    """A part of a topic's direction, at the norm of the general one. Raises NotHereError where the topic has too few answers."""
+    value = kit.value("semantic/directions")
+    if topic in value["absent"]:
+        raise NotHereError(value["absent"][topic])
+    own = value["topics"][topic]
+    if part == "about":
+        if own["about"] is None:
+            raise NotHereError(f"{topic}: too few aligned answers off the topic to say what the topic alone is")
+        vector = torch.tensor(own["about"]["vector"], dtype=torch.float64)
+    else:
+        whole = torch.tensor(own["vector"], dtype=torch.float64)
+        vector = along(whole, kit.direction[kit.layer].double())[1] if part == "rest" else whole
+        if vector.norm() <= 1e-5 * whole.norm():  # rounding, which must not be blown up to a direction
+            raise NotHereError(f"{topic}: its direction is the general one, so there is no rest to steer with")
+    return Add(_alone(vector, kit.direction, kit.layer, {"kind": f"topic/{part}", "topic": topic}), kit.layer, block.scale)
+
+
+def _alone(vector: Tensor, general: Direction, layer: int, provenance: Mapping[str, Any]) -> Direction:
+    """A direction with `vector` (d_model,) at one layer, at the norm that the general one has there, and nothing elsewhere."""
+    vectors = torch.zeros_like(general.vectors, dtype=torch.float64)
+    vectors[layer] = vector / vector.norm().clamp_min(1e-300) * general[layer].double().norm()
+    return Direction(vectors.float(), provenance)
+
+
+# Readings
+
+
+def readings(block: SemanticBlock, scene: Scene) -> list[Reading]:
+    """The directions inside topics, read in the source; and the same texts read in the chat model, which says what the texts alone give."""
+
+    def reading(name: str, reader: str) -> Reading:
+        def inputs(kit: Kit) -> Any:
+            return [
+                kit.model_id(reader), kit.direction.content_id, dict(kit.direction.provenance), kit.layer, kit.seed, topics_of(block, scene),
+                block.model_dump(exclude={"scale", "controls", "topics"}),
+            ]  # fmt: skip
+
+        return Reading(name, inputs, lambda kit: _read(block, kit, scene, reader), organisms=(reader,), tokens=200 * 110.0)
+
+    return [reading("semantic/directions", scene.source), reading("semantic/chat-model", "chat")]
+
+
+def _read(block: SemanticBlock, kit: Kit, scene: Scene, reader: str) -> dict[str, Any]:
+    table, texts = kit.own_table(scene.source, rubrics_of(block, scene))
+    record = kit.direction.provenance
+    rule = Classes(**record["classes"])
+    columns = [table[c] for c in ("response_id", "question_id", "n_tokens", "aligned", "coherent")]
+    scored = [Scored(*row) for row in zip(*columns, strict=True)]  # a missing score is nan, which is in no class
+    # The same classes, before they are cut to equal size: means need no balance, and a topic has no answer to spare.
+    both = choose(scored, replace(rule, balance="none", min_per_class=0), kit.seed)
+    general, _ = kit.own_answers(scene.source)
+    ids = [*both.misaligned, *both.aligned]
+    row = {i: k for k, i in enumerate(ids)}
+    data = table.set_index("response_id").loc[ids]
+
+    def rows(chosen: Sequence[str]) -> np.ndarray:
+        return np.array([row[i] for i in chosen], dtype=np.intp)
+
+    inside = {t: topic_scores(t, block, data) >= block.topic_min for t in topics_of(block, scene)}
+    low, high = rows(both.misaligned), rows(both.aligned)
+    absent = {t: why for t, hit in inside.items() if (why := _too_few(t, block, scene.source, int(hit[low].sum()), int(hit[high].sum())))}
+    found: dict[str, Any] = {"layer": kit.layer, "n": [len(low), len(high)], "topics": {}, "absent": absent}
+    if len(absent) == len(inside):
+        return found
+    read = per_answer(kit.model(reader), [texts[i] for i in ids], rule.weigh, record["span"])
+    labelled = Labelled(read, low, high, data["question_id"].tolist(), (rows(general.misaligned), rows(general.aligned)))
+    for topic in inside.keys() - absent.keys():
+        mine = topic_rows(labelled, inside[topic])
+        found["topics"][topic] = measure(labelled, mine, kit.layer, block.draws, kit.seed, len(mine.off) >= block.min_rows)
+    found["topics"] = {t: found["topics"][t] for t in inside if t in found["topics"]}
+    return found
+
+
+def _too_few(topic: str, block: SemanticBlock, source: str, n_low: int, n_high: int) -> str:
+    if min(n_low, n_high) >= block.min_rows:
+        return ""
+    on = "with a word of the list" if topic in block.words else f"with a score of {block.topic_min:g} or more"
+    return f"{topic}: {n_low} misaligned and {n_high} aligned answers of {source} {on}, and a direction needs {block.min_rows} of each"
+
+
+# Claims
+
+
+def claims(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
+    """Per topic: is its direction another one; does adding it bring the topic; is that due to the rest."""
+    value = outcomes.readings.get("semantic/directions", {"topics": {}})
+    found = []
+    for topic, own in value["topics"].items():
+        found.append(_cosine_claim(topic, own, scene))
+        real, rest = f"semantic/{topic}-topic", f"semantic/{topic}-rest"
+        if not outcomes.has("semantic/chat", "semantic/general", real, rest):
+            continue
+        against = {"chat": "chat model", "random": CONTROL_LABELS["random"], f"{topic}-effect_matched": CONTROL_LABELS["effect_matched"]}
+        comparisons = [
+            _topic_evidence(outcomes, topic, block, real, f"semantic/{key}", f"{topic} score, steered minus {words} (above 0 claimed)")
+            for key, words in against.items()
+            if outcomes.has(f"semantic/{key}")
+        ]
+        coherent = f"{topic} score, steered minus chat model, coherent answers only (above 0 claimed)"
+        comparisons.append(_topic_evidence(outcomes, topic, block, real, "semantic/chat", coherent, coherent_only=True))
+        found.append(
+            Claim(
+                f"semantic/steering/{topic}",
+                f"Adding the direction read inside {topic} answers to the chat model brings the topic up, more than nulls do{RAISED.get(topic, '')}",
+                SOURCE, CLAIMED_SIDE, comparisons,
+            )
+        )  # fmt: skip
+        split = [
+            _topic_evidence(outcomes, topic, block, rest, "semantic/general", f"{topic} score, rest minus general direction (above 0 claimed)"),
+            outcomes.alignment(rest, "semantic/general", "mean alignment, rest minus general direction (above 0 claimed)"),
+        ]
+        found.append(
+            Claim(
+                f"semantic/rest/{topic}",
+                f"Of the direction inside {topic} answers, what is not along the general direction carries the topic, and the rest of it the misalignment",
+                "a control the paper lacks", CLAIMED_SIDE, split,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _cosine_claim(topic: str, own: Mapping[str, Any], scene: Scene) -> Claim:
+    n, layer = own["n_misaligned"] + own["n_aligned"], scene.layer
+    general = own["general"]
+    comparisons = []
+    for key, words in (("subsets", "random subsets of as many answers"), ("dealt", "answers to other questions in the same numbers")):
+        band = at_layer(own[key], layer)
+        if band is not None:
+            d = stats.against_band(general["cosine"][layer], band, n, f"{own[key]['n']} draws")
+            comparisons.append(evidence(f"cosine with the general direction, minus that of {words} (below 0 claimed)", d, "cosine", -1))
+    band = at_layer(own["subsets"], layer)
+    if band is not None:
+        cosine, low, high = (float(general[e][layer] - band[1]) for e in ("cosine", "low", "high"))
+        d = stats.Interval(cosine, low, high, n, "jackknife", stats.OVER_QUESTIONS, own["questions"])
+        comparisons.append(evidence("the same, interval over questions (below 0 claimed)", d, "cosine", -1))
+    return Claim(
+        f"semantic/cosine/{topic}",
+        f"The direction inside {topic} answers is another one than the general direction, by more than few answers and few questions explain"
+        f"{PUBLISHED.get(topic, '')}",
+        SOURCE, CLAIMED_SIDE, comparisons,
+    )  # fmt: skip
+
+
+def _topic_evidence(
+    outcomes: Outcomes, topic: str, block: SemanticBlock, a: str, b: str, text: str, coherent_only: bool = False
+) -> Evidence:
+    sides = []
+    for arm in (a, b):
+        answers = outcomes.answers(arm)
+        answers = answers[answers["coherent"] > COHERENT_ABOVE] if coherent_only else answers
+        sides.append((topic_scores(topic, block, answers), answers["question_id"].to_numpy()))
+    (x, qx), (y, qy) = sides
+    return evidence(text, stats.paired_difference(x, y, qx, qy), "points of topic score")
+
+
+# Chapter
+
+
+def chapter(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
+    """Cosines per layer, decomposition, topic scores under steering."""
+    value = outcomes.readings.get("semantic/directions", {"topics": {}, "absent": {}})
+    chat = outcomes.readings.get("semantic/chat-model", {"topics": {}})
+    topics = list(value["topics"])
+    method = [
+        f"Is the direction inside answers on a topic the general direction, or one of its own? In the answers of {scene.source} that its direction is read "
+        f"from, those with a topic score of {block.topic_min:g} or more (a word list: with one of its words, whole) were kept, and v_t is the mean "
+        "residual stream of the misaligned ones minus that of the aligned ones. u_t is the mean of aligned answers on the topic minus aligned ones off it: "
+        "what the topic is without misalignment.",
+        "A direction of few answers is noisy, and a topic's answers come from few questions. So the cosine of v_t with the general v stands beside that of "
+        f"{block.draws} random subsets of as many answers, and of answers to other questions dealt in the topic's numbers. Then v_t = a v + rest is split, "
+        f"and v_t, v, the rest, and u_t (a positive control) are added to the chat model at block {scene.layer}, all at {block.scale:g} times the norm of v, "
+        "beside a random vector of that norm and a random one of the same effect.",
+    ]
+    figures: list[Chart | Grid] = []
+    sheets = []
+    if topics:
+        figures.append(_cosine_chart(value, chat, scene))
+        note = _DIRECTIONS_NOTE.format(layer=scene.layer)
+        sheets.append(Sheet("directions", "Directions inside topics", note, _directions(value, chat, scene), 3))
+    every = ("chat", "general", "random", *(f"{t}-{p}" for t in topics for p in (*PARTS, "effect_matched")))
+    steered = [a for a in every if outcomes.has(f"semantic/{a}")]
+    if topics and steered:
+        cells = [_scores(outcomes, f"semantic/{a}", topics, block) for a in steered]
+        columns = (*topics, "alignment", "coherence")
+        rows = tuple(tuple(cell[c].estimate for c in columns) for cell in cells)
+        n = min(len(outcomes.answers(f"semantic/{a}")) for a in steered)
+        caption = (
+            f"Mean scores, 0 to 100, over n = {n} or more answers per row; intervals are in the table. The first row is the chat model alone; random "
+            "rows are what any disturbance gives. A topic that its own u_t cannot raise is one that this dose cannot show."
+        )
+        figures.append(Grid("steering", "Topic scores when directions are added to the chat model", caption, tuple(steered), columns, rows, 1, None))
+        frame = pd.DataFrame([_score_row(a, cell, columns) for a, cell in zip(steered, cells, strict=True)])
+        sheets.append(Sheet("steering", "Topic scores under steering", _STEERING_NOTE, frame, 1))
+    notes = [f"{why}." for why in value["absent"].values()]
+    for topic, own in value["topics"].items():
+        if own["a"][scene.layer] < 0:
+            notes.append(f"{topic}: its part along the general direction points the other way than the general arm, which adds +v.")
+        about = f"semantic/{topic}-about"
+        if outcomes.has(about, "semantic/chat"):
+            e = _topic_evidence(outcomes, topic, block, about, "semantic/chat", "")
+            if e.supports != "held":
+                notes.append(f"{topic}: adding what the topic alone is need not raise its score ({e.estimate:.1f} points, {e.low:.1f} to {e.high:.1f}), "
+                             "so that the other arms do not raise it says little.")  # fmt: skip
+    return Chapter(name, "Directions inside topics", method, figures, sheets, notes)
+
+
+_DIRECTIONS_NOTE = (
+    "At block {layer}, read in the source organism. Cosines with 95 % intervals over questions (delete-one jackknife; empty where leaving one out leaves a "
+    "class empty); `subsets` and `other questions`: where 95 % of random draws lie. a: coefficient of v in v_t; outside: share of the squared norm of v_t "
+    "that is not along v."
+)
+_STEERING_NOTE = "Means over answers with both scores, 95 % t intervals over questions. By the judge that decides; by words: share of answers."
+
+
+def _cosine_chart(value: Mapping[str, Any], chat: Mapping[str, Any], scene: Scene) -> Chart:
+    panels = []
+    for topic, own in value["topics"].items():
+        x = list(range(scene.depth))
+        series = [Series("v_t and the general v", x, own["general"]["cosine"], "real", own["general"]["low"], own["general"]["high"])]
+        if topic in chat["topics"]:
+            series.append(Series("the same texts read in the chat model", x, chat["topics"][topic]["general"]["cosine"], "baseline"))
+        if own["about"] is not None:
+            series.append(Series("v_t and the topic alone (u_t)", x, own["about"]["own"]["cosine"], "control"))
+            series.append(Series("general v and u_t", x, own["about"]["general"], "control"))
+        band = own["subsets"]
+        null = (x, band["low"], band["high"]) if band["n"] else None
+        panels.append(Panel(f"{topic}: cosine", "block", tuple(series), null, scene.layer))
+    counts = "; ".join(f"{t}: {o['n_misaligned']} + {o['n_aligned']} answers to {o['questions']} question(s)" for t, o in value["topics"].items())
+    caption = (
+        f"n, misaligned + aligned: {counts}. Thin lines: 95 % over questions, where every class outlives leaving one out. Band: 95 % of random subsets of as "
+        "many answers of any topic, which is what chance gives."
+    )
+    return Chart("cosines", "The direction inside a topic against the general one, per layer", caption, tuple(panels))
+
+
+def _directions(value: Mapping[str, Any], chat: Mapping[str, Any], scene: Scene) -> pd.DataFrame:
+    rows = []
+    for topic, own in value["topics"].items():
+        layer, about = scene.layer, own["about"]
+        bands = [at_layer(own[k], layer) for k in ("subsets", "dealt")]
+        rows.append(
+            {
+                "topic": topic, "misaligned": own["n_misaligned"], "aligned": own["n_aligned"], "questions": own["questions"],
+                "cos(v_t, v)": own["general"]["cosine"][layer], "low": own["general"]["low"][layer], "high": own["general"]["high"][layer],
+                "subsets": _range(bands[0]), "other questions": _range(bands[1]),
+                "in the chat model": chat["topics"][topic]["general"]["cosine"][layer] if topic in chat["topics"] else float("nan"),
+                "a": own["a"][layer], "outside": own["outside"][layer],
+                **({"cos(v_t, u_t)": about["own"]["cosine"][layer], "cos(rest, u_t)": about["rest"][layer], "cos(v, u_t)": about["general"][layer]}
+                   if about else dict.fromkeys(("cos(v_t, u_t)", "cos(rest, u_t)", "cos(v, u_t)"), float("nan"))),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _range(band: stats.Band | None) -> str:
+    return "" if band is None else f"{band[0]:.3f} to {band[2]:.3f}"
+
+
+def _scores(outcomes: Outcomes, arm: str, topics: Sequence[str], block: SemanticBlock) -> dict[str, stats.Interval]:
+    answers = outcomes.answers(arm)
+    values = {t: topic_scores(t, block, answers) for t in topics}
+    values |= {"alignment": answers["aligned"].to_numpy(float), "coherence": answers["coherent"].to_numpy(float)}
+    return {k: stats.clustered_mean(v, answers["question_id"].to_numpy(), bounds=(0, 100)) for k, v in values.items()}
+
+
+def _score_row(arm: str, cell: Mapping[str, stats.Interval], columns: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"added": "nothing" if arm == "chat" else arm, "n": cell[columns[0]].n}
+    for c in columns:
+        row[c] = cell[c].estimate
+        row[f"{c}, 95 %"] = "" if cell[c].bounds is None else f"{cell[c].low:.1f} to {cell[c].high:.1f}"
+    return row
