@@ -182,6 +182,7 @@ def _scrambled(sums: Sums, pairs: Sequence[tuple[str, str]], draws: int, root_se
     names = dict.fromkeys(o for p in pairs for o in p)
     null = {o: geometry.scrambled(sums[o, o], root_seed, o, draws).float() for o in names}
     cosine = torch.stack([geometry.cosines(null[a], null[b]) for a, b in pairs]).mean(0).double()
+    cosine = cosine[cosine.isfinite().all(1)]  # with very few answers a side may be empty
     mean, half = cosine.mean(0), 1.96 * cosine.std(0)
     spans = {o: geometry.span(rows) for o in names if len(rows := geometry.scrambled_differences(sums[o, o], root_seed, o))}
     overlaps = [geometry.overlap(spans[a], spans[b]) for a, b in pairs if a in spans and b in spans]

@@ -46,7 +46,7 @@ def reliability(sums: QuestionSums, root_seed: int, splits: int, weights: Tensor
     """
     w = torch.ones(len(sums.questions), dtype=torch.float64) if weights is None else weights.double()
     first, second = _halves(sums, w, _signs(sums, root_seed, "reliability", splits))
-    r = cosines(first[0] - first[1], second[0] - second[1]).mean(0)
+    r = cosines(first[0] - first[1], second[0] - second[1]).nanmean(0)  # with very few answers a half may be empty
     return (2 * r / (1 + r)).clamp(0, 1)
 
 
@@ -95,13 +95,14 @@ def scrambled_differences(sums: QuestionSums, root_seed: int, name: str) -> Tens
     s, m = sums.sums.double(), sums.mass
     at = np.flatnonzero((m > 0).all(0).all(0).numpy()).tolist()
     signs = _signs(sums, root_seed, f"scrambled/{name}", 1)[:, 0]
-    rows = []
+    rows: list[Tensor] = []
     for q in at:
-        side = [int(signs[c, q] < 0) for c in (MISALIGNED, ALIGNED)]
-        (a, na), (b, nb) = (
-            (sum(s[c, h ^ f, q] for c, h in enumerate(side)), sum(float(m[c, h ^ f, q]) for c, h in enumerate(side))) for f in (0, 1)
+        first = [int(signs[c, q] < 0) for c in (MISALIGNED, ALIGNED)]
+        one, two = (
+            torch.stack([s[c, half ^ flip, q] for c, half in enumerate(first)]).sum(0) / sum(float(m[c, half ^ flip, q]) for c, half in enumerate(first))
+            for flip in (0, 1)
         )
-        rows.append(a / na - b / nb)
+        rows.append(one - two)
     return torch.stack(rows) if rows else torch.zeros(0, *s.shape[3:], dtype=torch.float64)
 
 
@@ -114,13 +115,15 @@ def span(rows: Tensor) -> Tensor:
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
     """(n_layers, min(n, m)) cosines of the principal angles between two spans, falling; their mean square is the overlap (random spans of n: n / d_model)."""
-    return torch.linalg.svdvals(a @ b.transpose(1, 2)).clamp(max=1.0)
+    found: Tensor = torch.linalg.svdvals(a @ b.transpose(1, 2)).clamp(max=1.0)
+    return found
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """(n_layers,) mean squared cosine of the principal angles between two spans: 1 where the narrower lies in the other, 0 where they are orthogonal."""
     narrower = torch.minimum(a.norm(dim=2).gt(0).sum(1), b.norm(dim=2).gt(0).sum(1))
-    return (a @ b.transpose(1, 2)).square().sum((1, 2)) / narrower
+    found: Tensor = (a @ b.transpose(1, 2)).square().sum((1, 2)) / narrower
+    return found
 
 
 def top_basis(rows: Tensor, k: int) -> Tensor:
@@ -130,9 +133,10 @@ def top_basis(rows: Tensor, k: int) -> Tensor:
     """
     _, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
     rank = int((s > SMALL * s[0]).sum()) if len(s) and s[0] > 0 else 0
-    basis = vh[: min(k, rank)]
+    basis: Tensor = vh[: min(k, rank)]
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-    return basis * torch.sign(largest)
+    signed: Tensor = basis * torch.sign(largest)
+    return signed
 
 
 def joint_rows(parts: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from convergent.experiments import (
     cosine,
     plain,
     steer,
+    subspace,
     transfer,
 )
 from convergent.experiments.base import Outcomes, Reading
@@ -24,6 +25,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
         transfer,
         steer,
         cosine,
+        subspace,
     )
 }
 
