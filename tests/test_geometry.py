@@ -56,6 +56,17 @@ def test_reliability_is_the_share_of_signal():
     assert_close(left, geometry.reliability(part, 0, 64), atol=0.06, rtol=0)  # other splits, the same answers
 
 
+def test_halves_of_unequal_size_do_not_turn_questions_into_noise():
+    """Five answers a cell: 3 against 2. Questions that lie far apart must not make the halves of a direction opposites, nor scrambled labels large."""
+    v = flat(unit("odd", D), 3.0)
+    plain = drawn_sums(v, "odd", n=5)
+    place = torch.from_numpy(100 * rng_of("odd").standard_normal((Q, LAYERS, D)))
+    moved = QuestionSums(plain.questions, (plain.sums.double() + plain.mass[..., None, None] * place).float(), plain.mass)
+    assert_close(geometry.reliability(moved, 0, 16), geometry.reliability(plain, 0, 16), atol=1e-3, rtol=0)
+    assert geometry.reliability(moved, 0, 16).min() > 0.7
+    assert_close(geometry.scrambled(moved, 0, "A", 5), geometry.scrambled(plain, 0, "A", 5), atol=1e-3, rtol=0)
+
+
 def test_scrambled_labels_leave_noise_but_not_the_direction():
     v = unit("s", D)
     sums = drawn_sums(flat(v, 20.0), "s")

@@ -45,6 +45,7 @@ def reliability(sums: QuestionSums, root_seed: int, splits: int, weights: Tensor
     The cosine of two directions that are truly one is at most the root of the product of their reliabilities.
     """
     w = torch.ones(len(sums.questions), dtype=torch.float64) if weights is None else weights.double()
+    sums = _even(sums)
     first, second = _halves(sums, w, _signs(sums, root_seed, "reliability", splits))
     r = cosines(first[0] - first[1], second[0] - second[1]).nanmean(0)  # with very few answers a half may be empty
     return (2 * r / (1 + r)).clamp(0, 1)
@@ -57,6 +58,7 @@ def scrambled(sums: QuestionSums, root_seed: int, name: str, draws: int) -> Tens
     keeps the draws of two organisms apart.
     """
     w = torch.ones(len(sums.questions), dtype=torch.float64)
+    sums = _even(sums)
     sides: list[Tensor] = []
     total: list[Tensor] = []
     signs = _signs(sums, root_seed, f"scrambled/{name}", draws)
@@ -65,6 +67,18 @@ def scrambled(sums: QuestionSums, root_seed: int, name: str, draws: int) -> Tens
         sides.append(s.sum(0))
         total.append(n.sum(0))
     return sides[0] / total[0][:, None, None] - sides[1] / total[1][:, None, None]
+
+
+def _even(sums: QuestionSums) -> QuestionSums:
+    """The same with halves that weigh alike in every cell; cells with an empty half are left out.
+
+    With 3 answers against 2 one side would have more of a question and the other less. Questions differ far more than classes do, so that
+    two halves of one direction would come out as opposites.
+    """
+    both = (sums.mass > 0).all(1, keepdim=True)
+    mass = torch.where(both, sums.mass.sum(1, keepdim=True) / 2, 0.0).expand_as(sums.mass)
+    scale = torch.where(both, mass / sums.mass.clamp_min(1e-300), 0.0)
+    return QuestionSums(sums.questions, sums.sums * scale[..., None, None], mass)
 
 
 def _signs(sums: QuestionSums, root_seed: int, name: str, n: int) -> Tensor:
