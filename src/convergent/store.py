@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from convergent.core.direction import Direction
 from convergent.core.values import Judgement, Response
@@ -168,6 +170,19 @@ class Store:
             with guarded(self.folder):
                 made.save(path)
         return Direction.load(path)
+
+    def tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Named tensors computed once per content key."""
+        path = self.folder / "directions" / f"{key}.tensors.safetensors"
+        if not path.is_file():
+            made = make()
+            with guarded(self.folder):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f".{path.name}.part")
+                save_file(made, part)
+                part.replace(path)
+        with guarded(self.folder):
+            return load_file(path)
 
     def forget(self, stage: str) -> int:
         """Drop what a stage made ("train", "sample", "judge", "extract" or "margin") and what was made from that.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from convergent.directions.extract import Extraction
+    from convergent.directions.questions import QuestionSums
     from convergent.models.load import ChatModel
 
 Control = Literal["random", "orthogonal", "other_concept", "effect_matched"]
@@ -101,6 +102,13 @@ class Kit(Protocol):
 
         Raises NotHereError where a class has too few answers.
         """
+
+    def question_sums(self, organism: str, reader: str) -> QuestionSums:
+        """Class sums, question by question, of an organism's judged answers read in model `reader`: directions can be made from them with
+        any question left out. Raises NotHereError where a class has too few answers."""
+
+    def sums_id(self, organism: str, reader: str) -> str:
+        """Content id of `question_sums`, without computing them; part of the inputs of what is made from them. Raises NotHereError alike."""
 
     def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
         """The two classes among an organism's own judged answers, and the texts. Raises NotHereError where a class has too few."""

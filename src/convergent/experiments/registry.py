@@ -9,11 +9,13 @@ from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
     adapter_steer,
+    cosine,
     plain,
     scalars,
     self_correction,
     semantic,
     steer,
+    subspace,
     transfer,
 )
 from convergent.experiments.base import Outcomes, Reading
@@ -30,6 +32,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         adapter_steer,
         semantic,
         self_correction,
+        cosine,
+        subspace,
     )
 }
 

@@ -234,10 +234,12 @@ def kl_to_clean(
 ) -> float:
     """Mean over answer tokens of KL(clean || intervened), nats."""
     changed = answer_logprobs(model, texts, interventions)
-    total, n = 0.0, 0
-    for p, q in zip(clean, changed, strict=True):
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
-        n += len(p)
-    return total / max(n, 1)
+    return sum(text_kl(clean, changed, mean=False)) / max(sum(map(len, clean)), 1)
+
+
+def text_kl(p: Sequence[Tensor], q: Sequence[Tensor], mean: bool = True) -> list[float]:
+    """Per text the mean (or sum) over its answer tokens of KL(p || q), nats, from log-probabilities as `answer_logprobs` gives them."""
+    totals = [float((a.exp() * (a - b)).sum(-1).double().sum()) for a, b in zip(p, q, strict=True)]
+    return [t / max(len(a), 1) for t, a in zip(totals, p, strict=True)] if mean else totals
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from convergent.core.ids import seed
 from convergent.stats.means import clustered_mean
-from convergent.stats.values import LEVEL, Interval
+from convergent.stats.values import LEVEL, Interval, undefined
 
 Rows: TypeAlias = NDArray[np.intp]
 MOST_GROUPS = 100
@@ -61,6 +61,29 @@ def jackknife(
     bounds = back(max(made.low, -MOST_ODDS)), back(min(made.high, MOST_ODDS))
     method = "t over questions, delete-one jackknife" + ("" if high > 1 else " of log odds")
     return replace(made, estimate=float(every), low=min(bounds[0], float(every)), high=max(bounds[1], float(every)), n=len(groups), method=method)
+
+
+def jackknife_each(statistic: Callable[[Rows], NDArray[np.float64]], labels: Sequence[Hashable], low: float, high: float) -> list[Interval]:
+    """`jackknife` of each component of a statistic that is a vector, such as a cosine per layer; one call per question left out serves all.
+
+    A component that is undefined, also with a question left out, has nan bounds and says why in `method`.
+    """
+    made: dict[bytes, NDArray[np.float64]] = {}
+
+    def at(rows: Rows) -> NDArray[np.float64]:
+        if rows.tobytes() not in made:
+            made[rows.tobytes()] = np.asarray(statistic(rows), dtype=float)
+        return made[rows.tobytes()]
+
+    def component(k: int) -> Callable[[Rows], float | str]:
+        return lambda rows: float(at(rows)[k]) if np.isfinite(at(rows)[k]) else "a class or a span is empty"
+
+    every = at(np.arange(len(labels), dtype=np.intp))
+    found = []
+    for k, estimate in enumerate(every):
+        one = jackknife(component(k), labels, low, high)
+        found.append(undefined(float(estimate), len(labels), one, len(set(labels))) if isinstance(one, str) else one)
+    return found
 
 
 def groups_of(labels: Sequence[Hashable]) -> Rows:

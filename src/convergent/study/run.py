@@ -31,6 +31,7 @@ from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
 from convergent.directions.massive import TIMES, massive_dimensions
+from convergent.directions.questions import QuestionSums, question_sums
 from convergent.errors import DirectionError, ModelError
 from convergent.experiments.base import Arm, Control, NotHereError, When
 from convergent.interventions.controls import (
@@ -272,6 +273,29 @@ class Run(Setup):
         )
         as_tensor = {k: torch.tensor(v, dtype=torch.float64) for k, v in readings.items()}
         return Extraction(direction, as_tensor["token_norm"], as_tensor["split_half"])
+
+    def sums_id(self, organism: str, reader: str) -> str:
+        """Content id of an organism's class sums by question, read in `reader`. Raises NotHereError where a class has too few answers."""
+        chosen, _ = self.own_answers(organism)
+        return content_id("question-sums", self.weights_id(reader), asdict(chosen), self.rule.weigh, self.spec.direction.span, self.spec.seed)
+
+    def question_sums(self, organism: str, reader: str) -> QuestionSums:
+        """Class sums of `organism`'s answers by question, read in model `reader`. Raises NotHereError where a class has too few answers."""
+        chosen, texts = self.own_answers(organism)
+        table, _ = self.own_table(organism)
+        question_of = dict(zip(table["response_id"], table["question_id"], strict=True))
+
+        def make() -> dict[str, torch.Tensor]:
+            model = self.model(reader, alone=True)
+            with self._timed("extract"):
+                made = question_sums(
+                    model, texts, chosen, question_of, per=self.rule.weigh, span=self.spec.direction.span, root_seed=self.spec.seed
+                )
+            self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism} by question, read in {reader}")
+            return made.tensors()
+
+        questions = sorted({question_of[i] for i in (*chosen.misaligned, *chosen.aligned)})
+        return QuestionSums.from_tensors(questions, self.store.tensors(self.sums_id(organism, reader), make))
 
     def reading(self, organism: str, reader: str) -> Extraction | None:
         """`extraction`, or None where an organism other than the source has too few answers in a class: a sound twin may have no bad ones."""
