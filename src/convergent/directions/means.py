@@ -35,6 +35,8 @@ class Means:
     token_norm: Tensor
     """(n_layers,) mean L2 norm of a token's residual vector over all spans, float64."""
     n_tokens: int
+    mass: Tensor
+    """(n_accumulators,) float64: what each sum was divided by, tokens or responses."""
 
 
 def span_of(encoded: Encoded, span: Span) -> slice:
@@ -87,7 +89,7 @@ def stream_means(
                 if on_batch is not None:
                     on_batch(len(members))
     total = float(lengths.sum())
-    return Means((sums / mass.to(device)[:, None, None]).cpu(), (norms / total).cpu(), int(total))
+    return Means((sums / mass.to(device)[:, None, None]).cpu(), (norms / total).cpu(), int(total), mass)
 
 
 def _adder(sums: Tensor, norms: Tensor, share: Tensor, inside: Tensor) -> Callable[[int, Tensor], None]:

@@ -8,6 +8,7 @@ from typing import Any
 from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
+    b_vector,
     plain,
     steer,
     transfer,
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
         ablate,
         transfer,
         steer,
+        b_vector,
     )
 }
 

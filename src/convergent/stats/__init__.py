@@ -25,7 +25,7 @@ from convergent.stats.correction import (
     corrected_rate_difference,
     tuned_weight,
 )
-from convergent.stats.leaveout import jackknife
+from convergent.stats.leaveout import jackknife, leave_one_out
 from convergent.stats.means import (
     clustered_mean,
     iid_mean,
@@ -88,7 +88,7 @@ __all__ = [
     "Association", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Values",
     "_clustered_wilson", "_wilson", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean", "clustered_rate",
     "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
-    "equivalence_of_rates", "holm", "iid_mean", "jackknife", "measured", "paired_difference", "paired_rate_difference", "permutation_test",
+    "equivalence_of_rates", "holm", "iid_mean", "jackknife", "leave_one_out", "measured", "paired_difference", "paired_rate_difference", "permutation_test",
     "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction",
     "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip
