@@ -64,12 +64,14 @@ def leaving_out(n_groups: int, statistic: Callable[[Tensor], Tensor]) -> Kept:
 
 def along(a: Tensor, b: Tensor) -> Tensor:
     """The part of a (..., d) along b (..., d), signed, as a length; nan where b is zero."""
-    return (a * b).sum(-1) / b.norm(dim=-1)
+    found: Tensor = (a * b).sum(-1) / b.norm(dim=-1)
+    return found
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """cos(a, b) over the last dimension; nan where one of them is zero."""
-    return along(a, b) / a.norm(dim=-1)
+    found: Tensor = along(a, b) / a.norm(dim=-1)
+    return found
 
 
 def class_cosine(b: Tensor, bad: tuple[Tensor, Tensor], good: tuple[Tensor, Tensor]) -> Kept:
@@ -128,7 +130,8 @@ def pushed(products: Iterable[Products], groups: Mapping[str, int], names: Seque
 
     def direct(keep: Tensor) -> Tensor:
         j = pooled(keep)
-        return own[1] * j[v].norm(dim=-1) / j[u].norm(dim=-1)
+        found: Tensor = own[1] * j[v].norm(dim=-1) / j[u].norm(dim=-1)
+        return found
 
     cosines = leaving_out(n, lambda keep: cosine(pooled(keep), pooled(keep)[v][None]))
     tokens = leaving_out(n, lambda keep: torch.einsum("g,gkl->kl", keep, beside) / torch.einsum("g,gkl->kl", keep, squares))

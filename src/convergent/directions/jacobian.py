@@ -68,27 +68,36 @@ def jacobian_products(
             f"push: {tuple(every.shape)} at the output of block {layer}, along push {onto}; needs (pushes, {model.d_model}) at one of blocks "
             f"0 to {model.n_layers - 1}"
         )
-    dtype = next(model.model.parameters()).dtype
-    every = every.to(model.device, dtype)
-    n_constant = len(pushes)
+    every = every.to(model.device, next(model.model.parameters()).dtype)
+    for text in texts:
+        encoded = encode_answer(model.tokenizer, text.question, text.answer, text.system, closing=False)
+        n = encoded.answer_end - encoded.answer_start
+        if n:
+            ids = torch.tensor([encoded.ids], device=model.device)
+            yield _reduced(text.id, n, [t[:, encoded.answer].double() for t in _derivatives(model, ids, layer, every, written)], onto)
+
+
+def _derivatives(model: ChatModel, ids: Tensor, layer: int, pushes: Tensor, written: Written | None) -> list[Tensor]:
+    """Per block from `layer` on (n_pushes, n_tokens, d_model): J u at every token of ids (1, n_tokens); the last pushes are those of `written`."""
     scalars: list[Tensor] = []
-    derivatives: list[Tensor] = []
+    found: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert written is not None
         scalars.append(written.scale * (args[0] @ written.a.to(args[0]).T))  # (1, n_tokens, 1)
 
     def push(module: nn.Module, args: Any, output: Any) -> Any:
-        h = stream(output).expand(len(every), -1, -1)
-        tangent = every[:, None].expand_as(h)
+        h = stream(output).expand(len(pushes), -1, -1)
+        tangent = pushes[:, None].expand_as(h)
         if written is not None:
-            tangent = torch.cat([tangent[:n_constant], tangent[n_constant:] * scalars.pop()])
+            n = len(pushes) - len(written.pushes)
+            tangent = torch.cat([tangent[:n], tangent[n:] * scalars.pop()])
         # What follows must not write into an expanded tensor.
         return with_stream(output, forward_ad.make_dual(h.contiguous(), tangent.contiguous()))
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         tangent = forward_ad.unpack_dual(stream(output)).tangent
-        derivatives.append(torch.zeros_like(stream(output)) if tangent is None else tangent)
+        found.append(torch.zeros_like(stream(output)) if tangent is None else tangent)
 
     with ExitStack() as stack:
         if written is not None:
@@ -97,18 +106,11 @@ def jacobian_products(
             if i == 0:
                 stack.callback(block.register_forward_hook(push).remove)
             stack.callback(block.register_forward_hook(see).remove)
-        # Not inference_mode: it would switch the derivative off.
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.no_grad())  # not inference_mode: it would switch this derivative off too
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for text in texts:
-            encoded = encode_answer(model.tokenizer, text.question, text.answer, text.system, closing=False)
-            n = encoded.answer_end - encoded.answer_start
-            if n == 0:
-                continue
-            derivatives.clear()
-            with forward_ad.dual_level():
-                model.anatomy.body(input_ids=torch.tensor([encoded.ids], device=model.device), use_cache=False)
-            yield _reduced(text.id, n, [t[:, encoded.answer].double() for t in derivatives], onto)
+        with forward_ad.dual_level():
+            model.anatomy.body(input_ids=ids, use_cache=False)
+    return found
 
 
 def _reduced(text: str, n_tokens: int, found: Sequence[Tensor], onto: int) -> Products:

@@ -10,13 +10,14 @@ The change that the organism makes along v's is split into what B's own componen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from convergent.core.chapter import Chapter
@@ -55,12 +56,11 @@ class BVectorBlock(Block):
     jacobian_random: int = Field(default=8, ge=1)
     """Random pushes beside B's."""
 
-    @field_validator("scale")
-    @classmethod
-    def _some_dose(cls, value: float) -> float:
-        if value == 0 or not np.isfinite(value):
-            raise ValueError("scale: a coefficient of 0 changes nothing downstream; give another one")
-        return value
+    @model_validator(mode="after")
+    def _some_dose(self) -> BVectorBlock:
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale}; a finite coefficient other than 0 changes something downstream")
+        return self
 
 
 name = "b_vector"
@@ -152,6 +152,18 @@ def without(adapter: Adapter, v: Tensor) -> LowRank:
     return LowRank(adapter.layer, adapter.module, adapter.a, changed[:, None].float(), adapter.scale)
 
 
+def _nulls(kit: Kit, controls: Sequence[Control], add: Add) -> tuple[dict[str, Intervention], dict[str, str]]:
+    """What is added to the chat model in place of `add`, by kind; and why a kind cannot be."""
+    found: dict[str, Intervention] = {}
+    absent: dict[str, str] = {}
+    for kind in dict.fromkeys(controls):
+        try:
+            found[kind] = kit.control(kind, "chat", add)
+        except NotHereError as error:
+            absent[kind] = str(error)
+    return found, absent
+
+
 def _null_vector(kit: Kit, layer: int) -> Tensor:
     """(d_model,) the study's random vector, in place of v."""
     null = kit.control("random", "chat", Add(kit.direction, layer))
@@ -169,7 +181,7 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
     def inputs(*more: Callable[[Kit], Any]) -> Callable[[Kit], Any]:
         def of(kit: Kit) -> Any:
             nulls = [scene.twin and kit.model_id(scene.twin), content_id(kit.pairs)]
-            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, block, kit.seed, nulls, *(f(kit) for f in more)]
+            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, block.model_dump(), kit.seed, nulls, *(f(kit) for f in more)]
 
         return of
 
@@ -227,11 +239,24 @@ def read_cosine(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[str, 
         "cosine": class_cosine(b, *((s[:, layer], mass) for s, mass in sums)),
         "layers": [float(b @ w / (b.norm() * w.norm())) for w in kit.direction.vectors.double()],
         "null": (random @ v / (random.norm(dim=1) * v.norm())).tolist(),
+        "others": _other_directions(kit, o, layer, b),
         "d_model": len(v),
         "n_texts": len(members),
         "b_norm": float(b.norm()),
         "scale": adapter_of(kit, o, layer).scale,
     }
+
+
+def _other_directions(kit: Kit, o: str, layer: int, b: Tensor) -> dict[str, float]:
+    """cos(B, v_L) for v read elsewhere. v read in the organism itself holds what it writes, s(bad) - s(good) times B; read in the chat model it does not."""
+    source = kit.scene.source
+    found = {}
+    for words, writer, reader in ((f"read in the chat model on the answers of {source}", source, "chat"), (f"read in {o} on its own answers", o, o)):
+        if (writer, reader) != (source, source):
+            with suppress(NotHereError):
+                w = kit.extraction(writer, reader).direction[layer].double()
+                found[words] = float(b @ w / (b.norm() * w.norm()))
+    return found
 
 
 def _refuse_other_writes(kit: Kit, model: ChatModel, o: str, layer: int) -> None:
@@ -252,9 +277,10 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
     add = Add(kit.direction, layer, block.scale)
     adapter, v = adapter_of(kit, o, layer), kit.direction[layer].double()
     own = (adapter.b[:, 0].double() @ v / (v @ v) * v)[:, None].float()
+    nulls, absent = _nulls(kit, block.controls, add)
     changes: dict[str, tuple[Intervention, ...]] = {
         "v": (add,),
-        **{kind: (kit.control(kind, "chat", add),) for kind in dict.fromkeys(block.controls)},
+        **{kind: (null,) for kind, null in nulls.items()},
         "B along v": (replace(adapter.low_rank(), b=own),),
         "rest of B": (replace(adapter.low_rank(), b=adapter.b - own),),
     }
@@ -265,7 +291,7 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
     model = kit.model(o)
     after = {label: question_sums(model, *s)[0][:, layer:] for label, s in sets.items()}
     model = kit.model("chat")
-    found: dict[str, Any] = {"layers": list(range(layer, kit.scene.depth))}
+    found: dict[str, Any] = {"layers": list(range(layer, kit.scene.depth)), "absent": absent}
     for label, (members, groups) in sets.items():
         base, mass = question_sums(model, members, groups)
         shifts = {"organism": after[label] - base[:, layer:]}
@@ -286,8 +312,8 @@ def read_jacobian(kit: Kit, block: BVectorBlock, o: str, layer: int, reader: str
     generator = torch.Generator().manual_seed(seed(kit.seed, "b_vector", "push"))
     random = torch.randn(block.jacobian_random, len(v), generator=generator, dtype=torch.float64)
     names, pushes = ["v", "B"], [v, b]
-    if "other_concept" in block.controls:
-        null = kit.control("other_concept", "chat", Add(kit.direction, layer))
+    concept = tuple(kind for kind in block.controls if kind == "other_concept")
+    for null in _nulls(kit, concept, Add(kit.direction, layer))[0].values():
         assert isinstance(null, Add)
         names, pushes = [*names, "other concept"], [*pushes, null.vector.double()]
     names += [f"random {i}" for i in range(len(random))]

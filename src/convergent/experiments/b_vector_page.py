@@ -64,7 +64,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
             Claim(
                 "b_vector/orthogonal",
                 f"B of {organism} lies no nearer to the direction of its block {layer} than random vectors come "
-                "(published: cosine 0.04; the largest of 200 random ones 0.042)",
+                "(published: cosine 0.04, where the largest of 200 random ones reaches 0.042)",
                 source, RULE, [evidence(text, made, "cosine")],
             )
         )  # fmt: skip
@@ -133,6 +133,7 @@ def chapter(readings: Mapping[str, Any], organism: str, layer: int, depth: int, 
             f"{organism} has {about['n_adapters']} adapters; B is that of block {layer}. Its downstream change is that of all of them, so the parts of "
             "this B do not add up to it."
         )
+    notes += [f"No {CONTROL_LABELS[kind]} downstream: {why}." for kind, why in readings.get(DOWNSTREAM, {}).get("absent", {}).items()]
     note = "Means over blocks are over all blocks after the adapter's own. Intervals are over questions. Answers: those behind the number."
     sheets = [Sheet("numbers", "B against the direction", note, pd.DataFrame(rows), 3)]
     return Chapter(
@@ -251,6 +252,9 @@ def _rows(readings: Mapping[str, Any], layer: int, depth: int) -> list[dict[str,
         value = float(r["cosine"]["all"])
         nulls = f"largest of {len(r['null'])} random {max(map(abs, r['null'])):.3f}; exact p {chance_of_cosine(value, r['d_model']):.2g}"
         row(f"cos(B, v), block {layer}", interval({"b": r["cosine"]}, lambda k: float(k["b"]), r["n_texts"]), nulls, "0.04")
+        for words, cosine in r["others"].items():
+            alone = stats.Interval(cosine, math.nan, math.nan, r["n_texts"], "none", "these answers")
+            row(f"the same, v {words}", alone, f"exact p {chance_of_cosine(cosine, r['d_model']):.2g}")
     if (r := readings.get(DOWNSTREAM)) is not None:
         for label in ("misaligned", "aligned"):
             kept, n = r[label]["kept"], r[label]["n_texts"]
