@@ -166,9 +166,9 @@ def test_sums_by_question_add_up_to_the_mean() -> None:
 def test_cosine_with_a_direction_without_a_question_by_hand() -> None:
     b = torch.tensor([1.0, 0.0], dtype=torch.float64)
     bad = torch.tensor([[2.0, 0.0], [0.0, 6.0]], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
-    good = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
-    kept = class_cosine(b, bad, good)  # means of all: (2/3, 2); without the first question (0, 3); without the second (2, 0)
-    assert kept["all"] == pytest.approx((2 / 3) / math.hypot(2 / 3, 2)) and kept["without"] == pytest.approx([0, 1])
+    good = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
+    kept = class_cosine(b, bad, good)  # of all (2/3, 2) - (3/2, 3/2); without the first question (0, 3) - (3, 3); without the second (2, 0) - (0, 0)
+    assert kept["all"] == pytest.approx((-5 / 6) / math.hypot(-5 / 6, 1 / 2)) and kept["without"] == pytest.approx([-1, 1])
 
 
 def test_the_parts_of_a_change_add_up_to_its_cosine() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from convergent.directions.means import block_outputs
 from convergent.errors import DirectionError
 from convergent.models.anatomy import stream, with_stream
 from convergent.models.chat import encode_answer
@@ -95,17 +96,16 @@ def _derivatives(model: ChatModel, ids: Tensor, layer: int, pushes: Tensor, writ
         # What follows must not write into an expanded tensor.
         return with_stream(output, forward_ad.make_dual(h.contiguous(), tangent.contiguous()))
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        tangent = forward_ad.unpack_dual(stream(output)).tangent
-        found.append(torch.zeros_like(stream(output)) if tangent is None else tangent)
+    def see(at: int, h: Tensor) -> None:
+        if at >= layer:
+            tangent = forward_ad.unpack_dual(h).tangent
+            found.append(torch.zeros_like(h) if tangent is None else tangent)
 
     with ExitStack() as stack:
         if written is not None:
             stack.callback(written.linear.register_forward_pre_hook(read).remove)
-        for i, block in enumerate(model.anatomy.blocks[layer:]):
-            if i == 0:
-                stack.callback(block.register_forward_hook(push).remove)
-            stack.callback(block.register_forward_hook(see).remove)
+        stack.callback(model.anatomy.blocks[layer].register_forward_hook(push).remove)
+        stack.enter_context(block_outputs(model.anatomy, see))
         stack.enter_context(torch.no_grad())  # not inference_mode: it would switch this derivative off too
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         with forward_ad.dual_level():
