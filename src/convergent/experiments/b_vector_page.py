@@ -143,7 +143,8 @@ def chapter(readings: Mapping[str, Any], organism: str, layer: int, depth: int, 
             f"{organism} writes scale·(A h)·B at block {layer}. The published organism's B has cosine 0.04 with the direction v there, and yet removing "
             "v undoes its misalignment. Is B's effect along v after all?",
             "cos(B, v) stands beside random vectors and the exact law cos² ~ Beta(1/2, (d − 1)/2). Where v was read in this organism it holds the organism's "
-            "own write, as far as that differs between the classes; v read in the chat model on the same texts does not. Downstream, D(l) is the change of the mean answer "
+            "own write, as far as that differs between the classes; v read in the chat model on the same texts does not. "
+            "Downstream, D(l) is the change of the mean answer "
             f"activation at block l against the chat model on the same texts: the organism's, that of adding {about['scale']:g}·v at block {layer}, and "
             "that of nulls added there. J is the derivative of block l's output by a constant at block L's output (forward-mode, averaged over answer "
             "tokens): cos²(J B, J v) is the share of B's first-order effect along v's.",
