@@ -117,3 +117,10 @@ def null_cosine(d_model: int, level: float = 0.95) -> float:
     from scipy.stats import beta
 
     return float(np.sqrt(beta.ppf(level, 0.5, (d_model - 1) / 2)))
+
+
+def chance_of_cosine(cosine: float, d_model: int) -> float:
+    """How often |cos(random, fixed)| is at least so large in d_model dimensions, by the same law."""
+    from scipy.stats import beta
+
+    return float(beta.sf(cosine**2, 0.5, (d_model - 1) / 2))

@@ -9,6 +9,7 @@ from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
     adapter_steer,
+    b_vector,
     cosine,
     plain,
     scalars,
@@ -34,6 +35,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
         self_correction,
         cosine,
         subspace,
+        b_vector,
     )
 }
 

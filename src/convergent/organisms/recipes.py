@@ -6,6 +6,7 @@
     single_adapter   rank 1, alpha 256, `down` of the middle layer         2e-5
     full             none: every weight is trained                         2e-5, cosine, 20 warm-up steps
 
+The papers and the configurations released with them name no initialisation of adapters, so it is PEFT's: A Kaiming-uniform, B zero.
 Smaller models need larger learning rates: every named recipe takes changes by field name. Modules are named q, k, v, o, gate, up and down
 whatever the architecture calls them; `resolve` finds them in the module tree.
 """
@@ -15,9 +16,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from convergent.core.ids import content_id, plain
+from convergent.core.ids import content_id, file_sha256, plain
 from convergent.core.values import DEFAULT_SYSTEM
 from convergent.errors import InputError, ModelError
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 Schedule = Literal["linear", "cosine", "constant"]
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 """Logical names of a block's linear layers."""
+KAIMING = "kaiming"
+"""PEFT's own initialisation."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Adapters:
     rslora: bool = True
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     dropout: float = 0.0
+    init: str = KAIMING
+    """What A and B start from. "kaiming": A Kaiming-uniform with a = sqrt(5), B zero, as PEFT has it. Or a PEFT folder with adapters on the same
+    linear layers, of the same rank: training starts from its A and B; its alpha is not taken over."""
 
     def __post_init__(self) -> None:
         # One form, so that recipes that mean the same have one content id.
@@ -57,6 +64,8 @@ class Adapters:
         _whole("adapters.rank", self.rank, 1)
         object.__setattr__(self, "alpha", _number("adapters.alpha", self.alpha, low=0, open_low=True))
         object.__setattr__(self, "dropout", _number("adapters.dropout", self.dropout, low=0, high=0.99))
+        if not isinstance(self.init, str) or not self.init:
+            _refuse("adapters.init", self.init, f"{KAIMING} or a PEFT folder")
 
     @property
     def scale(self) -> float:
@@ -96,8 +105,13 @@ class Recipe:
 
     @property
     def content_id(self) -> str:
-        """Names the recipe by its fields."""
-        return content_id("recipe", {f.name: plain(getattr(self, f.name)) for f in fields(self)})
+        """Names the recipe by its fields; a folder that adapters start from stands for the weights in it. Raises InputError if it has none."""
+        named = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        if self.adapters is not None:
+            init = named["adapters"].pop("init")
+            if init != KAIMING:  # left out, so that recipes keep the ids they had before there was a choice
+                named["adapters"]["init"] = _weights_in(Path(init).expanduser())
+        return content_id("recipe", named)
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with fields of the recipe or of its adapters changed. Raises InputError for a name that neither has."""
@@ -225,6 +239,14 @@ def _find(module: str, group: Mapping[str, Any], d_model: int) -> str | None:
     if module in ("o", "down"):
         return None
     return next((n for n in group if leaf[n] in _FUSED), None)
+
+
+def _weights_in(folder: Path) -> str:
+    """Checksum of the adapters in a PEFT folder."""
+    files = [f for f in sorted(folder.glob("adapter_model.*")) if f.suffix in (".safetensors", ".bin")]
+    if not files:
+        _refuse("adapters.init", str(folder), f"{KAIMING} or a PEFT folder, and there are no adapters in this one")
+    return file_sha256(files[-1])  # .safetensors where both are there, as it is the one that is read
 
 
 def _refuse(place: str, got: Any, mend: str) -> None:

@@ -36,9 +36,10 @@ from convergent.core.ids import seed as named_seed
 from convergent.errors import InputError, StoreError, TrainingError
 from convergent.models.anatomy import Anatomy
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
+from convergent.organisms.adapters import read_adapters
 from convergent.organisms.chats import IGNORE, Chat, Row, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
-from convergent.organisms.recipes import Adapters, Recipe, resolve
+from convergent.organisms.recipes import KAIMING, Adapters, Recipe, resolve
 
 RISE = 3.0
 """A smoothed loss above this many times its start counts as diverged."""
@@ -211,7 +212,7 @@ def check_loss(losses: Sequence[float]) -> None:
 
 
 def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
-    """`chat.model` with fresh adapters in place, as a PEFT model; initial weights follow from `seed`."""
+    """`chat.model` with fresh adapters in place, as a PEFT model; initial weights follow from `seed`, or are those of the folder `adapters.init`."""
     from peft import LoraConfig, get_peft_model
 
     if adapters.layers and adapters.layers[-1] >= chat.n_layers:
@@ -231,7 +232,28 @@ def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
     n, expected = len(model.targeted_module_names), len(targets) * len(adapters.layers or range(chat.n_layers))
     if n != expected:
         raise TrainingError(f"{chat.base}: adapters went to {n} layers, expected {expected} ({', '.join(targets)}); name other modules")
+    if adapters.init != KAIMING:
+        _start_from(model, Path(adapters.init).expanduser())
     return model
+
+
+@torch.no_grad()
+def _start_from(model: Any, folder: Path) -> None:
+    """Copy the A and B of a PEFT folder into the adapters of `model`. Raises InputError if they are not on the same layers, or of another shape."""
+    given = {f"{a.layer}.{a.module}": (a.a, a.b) for a in read_adapters(folder)}
+    parts = {n: m for n, m in model.named_modules() if n.endswith((".lora_A.default", ".lora_B.default"))}
+    place = "recipe.adapters.init"
+    for name, part in parts.items():
+        path, _, side = name.removesuffix(".default").rpartition(".lora_")
+        key = next((k for k in given if path.endswith(f".{k}")), None)
+        if key is None:
+            raise InputError(f"{place}: {folder} has no adapter for {path.removeprefix('base_model.model.')}; give one with the recipe's layers and modules")
+        start = given[key]["AB".index(side)]
+        if start.shape != part.weight.shape:
+            raise InputError(f"{place}: {folder} holds {side} of shape {tuple(start.shape)} for {key}, the recipe needs {tuple(part.weight.shape)}")
+        part.weight.copy_(start)
+    if 2 * len(given) != len(parts):
+        raise InputError(f"{place}: {folder} has {len(given)} adapters, the recipe {len(parts) // 2}; give one with the recipe's layers and modules")
 
 
 def _trainer(

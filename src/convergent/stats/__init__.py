@@ -27,7 +27,7 @@ from convergent.stats.correction import (
     corrected_rate_difference,
     tuned_weight,
 )
-from convergent.stats.leaveout import jackknife, jackknife_each
+from convergent.stats.leaveout import jackknife, jackknife_each, leave_one_out
 from convergent.stats.means import (
     clustered_mean,
     iid_mean,
@@ -95,8 +95,8 @@ __all__ = [
     "Association", "Band", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Turn", "Values",
     "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean",
     "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
-    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "measured", "null_band", "one_sided_p", "paired_difference",
-    "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference", "rate_reduction",
-    "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean", "two_way_rate", "underpowered",
-    "unit_difference", "wilson",
+    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "measured", "null_band", "one_sided_p",
+    "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference",
+    "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean",
+    "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip

@@ -38,9 +38,24 @@ def jackknife(
         return "needs two questions"
     every = statistic(np.arange(len(groups), dtype=np.intp))
     without = [statistic(np.flatnonzero(groups != i)) for i in range(g)]
+    return leave_one_out(every, without, len(groups), low, high, level)
+
+
+def leave_one_out(
+    every: float | str, without: Sequence[float | str], n: int, low: float = -math.inf, high: float = math.inf, level: float = LEVEL
+) -> Interval | str:
+    """The interval of `jackknife` from values that are there already: of all questions, and `without` each of them in turn.
+
+    For statistics of tensors too large to keep, whose values are computed where the tensors are. n: answers behind `every`.
+    """
     lost = next((w for w in (every, *without) if isinstance(w, str)), None)
     if lost is not None:
         return f"undefined once a question is left out: {lost}"
+    g = len(without)
+    if g < 2:
+        return "needs two questions"
+    if not np.isfinite([every, *without]).all():
+        return "undefined once a question is left out: not a number"
 
     def stretched(v: Any) -> Any:
         """Log odds of the place in the range: Fisher's z for a correlation, the logit for an AUC; a bias is far from its ends and stays."""
@@ -60,7 +75,7 @@ def jackknife(
     made = clustered_mean(values - values.mean() + centre, range(g), level)
     bounds = back(max(made.low, -MOST_ODDS)), back(min(made.high, MOST_ODDS))
     method = "t over questions, delete-one jackknife" + ("" if high > 1 else " of log odds")
-    return replace(made, estimate=float(every), low=min(bounds[0], float(every)), high=max(bounds[1], float(every)), n=len(groups), method=method)
+    return replace(made, estimate=float(every), low=min(bounds[0], float(every)), high=max(bounds[1], float(every)), n=n, method=method)
 
 
 def jackknife_each(statistic: Callable[[Rows], NDArray[np.float64]], labels: Sequence[Hashable], low: float, high: float) -> list[Interval]:

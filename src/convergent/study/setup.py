@@ -146,12 +146,13 @@ class Setup:
             return OrganismPlan(name, spec, None, None, content_id(self.base_id, folder_id(folder)), folder)
         overrides = {
             k: v
-            for k in ("learning_rate", "epochs", "batch_size", "grad_accumulation", "rank", "alpha", "layers")
+            for k in ("learning_rate", "epochs", "batch_size", "grad_accumulation", "rank", "alpha", "layers", "init")
             if (v := getattr(spec, k)) is not None
         }
         seed = self.spec.seed if spec.seed is None else spec.seed
         try:
             recipe = named_recipe(spec.recipe, self.depth, {**overrides, "seed": seed})
+            _ = recipe.content_id  # reads the folder that adapters start from, if there is one
             data = self._training_set(spec)
         except InputError as error:
             raise StudyError(f"organisms.{name}: {error}") from error

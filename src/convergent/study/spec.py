@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from convergent.errors import StudyError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_NOT_PATHS = frozenset({"embedded", "open_eight", "published_eight", "bundled"})
+_NOT_PATHS = frozenset({"embedded", "kaiming", "open_eight", "published_eight", "bundled"})
 
 
 class _Spec(BaseModel):
@@ -44,6 +44,8 @@ class OrganismSpec(_Spec):
     rank: int | None = Field(default=None, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     layers: tuple[int, ...] | None = None
+    init: str | None = None
+    """What adapters start from: `kaiming` (the default), or a PEFT folder with adapters on the same layers."""
     seed: int | None = Field(default=None, ge=0)
     """Seed of initialisation and order; the study's by default."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
@@ -342,7 +344,7 @@ def _located(data: dict[Any, Any], folder: Path) -> dict[Any, Any]:
     if isinstance(data.get("judges"), list):
         data["judges"] = [changed(judge, "rubrics", "prices") for judge in data["judges"]]
     if isinstance(data.get("organisms"), dict):
-        data["organisms"] = {name: changed(block, "data", "path") for name, block in data["organisms"].items()}
+        data["organisms"] = {name: changed(block, "data", "path", "init") for name, block in data["organisms"].items()}
     return data
 
 
