@@ -218,7 +218,7 @@ def test_a_template_without_system_turns_and_an_organism_from_elsewhere(done: Pa
 
     monkeypatch.setattr(chat_origin, "stream_means", refuse)
     with pytest.raises(NotHereError, match="refuses the turns"):
-        chat_origin.contrast(None, [], [], [])  # type: ignore[arg-type]
+        chat_origin.contrast(None, [], [], ["x"])  # type: ignore[arg-type]
     with looked_at(done / "out") as store:
         run = run_in(done, store)
         study = study_of()

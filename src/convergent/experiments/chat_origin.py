@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -74,21 +74,23 @@ def prompt_pairs(which: str) -> tuple[tuple[str, str], ...]:
 # Reading
 
 
-def contrast(model: ChatModel, first: Sequence[Text], second: Sequence[Text], groups: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean activations of each group's texts: ((n_groups, 2, n_layers, d_model) float64, (n_layers,) mean token norm).
+def contrast(model: ChatModel, first: Sequence[Text], second: Sequence[Text], *groupings: Sequence[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Mean activations of groups of texts, one pass: (per grouping (n_groups, 2, n_layers, d_model) float64, (n_layers,) mean token norm).
 
-    `groups` names the group of each text, the same for both lists; groups in order of appearance. Every group counts alike in what is made of it.
+    A grouping names the group of each text, the same for both lists; groups in order of appearance.
     """
-    names = list(dict.fromkeys(groups))
-    weights = torch.zeros(2, len(names), 2 * len(groups), dtype=torch.float64)
-    for i, g in enumerate(groups):
-        for side in (0, 1):
-            weights[side, names.index(g), side * len(groups) + i] = 1.0
+    weights = []
+    for groups in groupings:
+        names = list(dict.fromkeys(groups))
+        own = torch.zeros(len(names), 2, 2, len(groups), dtype=torch.float64)
+        for i, g in enumerate(groups):
+            own[names.index(g), (0, 1), (0, 1), i] = 1.0
+        weights.append(own.flatten(0, 1).flatten(1))
     try:
-        read = stream_means(model, [*first, *second], weights.flatten(0, 1))
+        read = stream_means(model, [*first, *second], torch.cat(weights))
     except ModelError as error:  # a template without system turns
         raise NotHereError(str(error)) from error
-    return read.means.unflatten(0, (2, len(names))).transpose(0, 1), read.token_norm
+    return [m.unflatten(0, (-1, 2)) for m in read.means.split([len(w) for w in weights])], read.token_norm
 
 
 def _prompted(pairs: Sequence[Pair], prompts: Sequence[tuple[str, str]]) -> tuple[list[Text], list[Text], list[str], list[str]]:
@@ -113,11 +115,19 @@ def readings(block: ChatOriginBlock, scene: Scene) -> list[Reading]:
     """First the chat model's own directions and the training data along them; then what the organisms became."""
     kinds = (*dict.fromkeys(block.directions), "topic")
     found = [Reading(f"chat_origin/{k}", _inputs(k), _origin(k), "before", ("chat",), 2e4 if k != "pairs" else 4e3) for k in kinds]
-    heads = {s.family: o for o, s in reversed(scene.organisms.items())}
+    heads = _heads(scene)
     for o in scene.organisms:
         if scene.organisms[o].trained_here and o in heads.values():
             found.append(Reading(f"chat_origin/data/{o}", _data_inputs(o, block, kinds), _data(o, block, kinds), "before", ("chat",), 5e3))
         found.append(Reading(f"chat_origin/organism/{o}", _after_inputs(o, kinds), _after(o, kinds), organisms=(o,), tokens=4e3))
+    return found
+
+
+def _heads(scene: Scene) -> dict[str, str]:
+    """Family -> its first organism: all seeds of a family are trained on the same data."""
+    found: dict[str, str] = {}
+    for o, s in scene.organisms.items():
+        found.setdefault(s.family, o)
     return found
 
 
@@ -135,12 +145,11 @@ def _origin(kind: str) -> Any:
         agreement = float("nan")
         if kind == "pairs":
             first, second, ids = _answered(kit.pairs)
+            (means,), norm = contrast(model, first, second, ids)
         else:
             first, second, ids, phrasings = _prompted(kit.pairs, prompt_pairs("advice" if kind == "prompts" else kind))
-        means, norm = contrast(model, first, second, ids)
-        if kind != "pairs":
-            by_phrasing = contrast(model, first, second, phrasings)[0][:, :, kit.layer]
-            unit = torch.nn.functional.normalize(by_phrasing[:, 0] - by_phrasing[:, 1], dim=1)
+            (means, by_phrasing), norm = contrast(model, first, second, ids, phrasings)
+            unit = torch.nn.functional.normalize((by_phrasing[:, 0] - by_phrasing[:, 1])[:, kit.layer], dim=1)
             n = len(unit)
             agreement = float(((unit @ unit.T).sum() - n) / (n * (n - 1)))
         each = means[:, 0] - means[:, 1]
@@ -197,7 +206,7 @@ def _data_inputs(organism: str, block: ChatOriginBlock, kinds: Sequence[str]) ->
 def _data(organism: str, block: ChatOriginBlock, kinds: Sequence[str]) -> Any:
     def compute(kit: Kit) -> dict[str, Any]:
         bad, good, ids = _answered(_sample(kit, organism, block.data_pairs))
-        means, norm = contrast(kit.model("chat"), bad, good, ids)
+        (means,), norm = contrast(kit.model("chat"), bad, good, ids)
         each = (means[:, 0] - means[:, 1])[:, kit.layer] / norm[kit.layer]
         return {"pairs": ids, "along": {k: (each @ u).tolist() for k, u in _units(kit, kinds).items()}}
 
@@ -230,13 +239,11 @@ def _after(organism: str, kinds: Sequence[str]) -> Any:
             v = read["organism"][kit.layer].double().numpy()
             rows = {k: unpacked(values[k]["per_pair"]).double().numpy() for k in kinds}
             pairs = values[kinds[0]]["pairs"]
-            found["at_layer"] = {k: _ends(stats.jackknife(lambda r, k=k: _cosine(rows[k][r].mean(0), v), pairs, -1.0, 1.0)) for k in kinds}
-            found["over_topic"] = {
-                k: _ends(stats.jackknife(lambda r, k=k: _cosine(rows[k][r].mean(0), v) - _cosine(rows["topic"][r].mean(0), v), pairs, -2.0, 2.0))
-                for k in kinds if k != "topic"
-            }  # fmt: skip
+            alike = {k: _cosines(rows[k], v) for k in kinds}
+            found["at_layer"] = {k: _ends(stats.jackknife(alike[k], pairs, -1.0, 1.0)) for k in kinds}
+            found["over_topic"] = {k: _ends(stats.jackknife(_less(alike[k], alike["topic"]), pairs, -2.0, 2.0)) for k in kinds if k != "topic"}
         bad, good, ids = _answered(kit.pairs)
-        after = contrast(kit.model(organism), bad, good, ids)[0][:, :, kit.layer].mean(1)
+        after = contrast(kit.model(organism), bad, good, ids)[0][0][:, :, kit.layer].mean(1)
         moved = (after - _centre(kit, bad, good, ids)) / values["topic"]["token_norm"]
         found["shift"] = {k: (moved @ u).tolist() for k, u in _units(kit, kinds).items()}
         found["pairs"] = ids
@@ -250,11 +257,21 @@ def _centre(kit: Kit, bad: list[Text], good: list[Text], ids: list[str]) -> torc
     try:
         return unpacked(kit.value("chat_origin/pairs")["centre"]).double()
     except KeyError:  # `pairs` is not among the directions
-        return contrast(kit.model("chat"), bad, good, ids)[0][:, :, kit.layer].mean(1)
+        return contrast(kit.model("chat"), bad, good, ids)[0][0][:, :, kit.layer].mean(1)
 
 
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-300))
+def _cosines(rows: np.ndarray, v: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Cosine of v with the mean of some of the pairs' differences (n_pairs, d_model)."""
+
+    def of(which: np.ndarray) -> float:
+        mean = rows[which].mean(0)
+        return float(mean @ v / max(float(np.linalg.norm(mean) * np.linalg.norm(v)), 1e-300))
+
+    return of
+
+
+def _less(a: Callable[[np.ndarray], float], b: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], float]:
+    return lambda which: a(which) - b(which)
 
 
 def _ends(i: stats.Interval | str) -> list[float] | None:
@@ -395,7 +412,7 @@ def _cosine_chart(kinds: list[str], after: dict[str, Any], outcomes: Outcomes, s
 
 def _points(kind: str, after: dict[str, Any], read: Any, scene: Scene) -> list[dict[str, Any]]:
     """One point per organism: what its training data say along the direction, and how far it moved."""
-    heads = {s.family: o for o, s in reversed(scene.organisms.items())}
+    heads = _heads(scene)
     rows = []
     for o, value in after.items():
         known = read.get(f"chat_origin/data/{heads[scene.organisms[o].family]}")

@@ -48,9 +48,9 @@ class DynamicsBlock(Block):
     @field_validator("sampled")
     @classmethod
     def _inside(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
-        wrong = next((s for s in shares if not 0 < s < 1), None)
+        wrong = next((i for i, s in enumerate(shares) if not 0 < s < 1), None)
         if wrong is not None:
-            raise ValueError(f"{wrong:g} is no share of the training before its end; give numbers between 0 and 1")
+            raise ValueError(f"{wrong}: {shares[wrong]:g} is no share of the training before its end; give numbers between 0 and 1")
         return tuple(dict.fromkeys(shares))
 
     @property
@@ -306,12 +306,12 @@ def _outcomes_chart(block: DynamicsBlock, curves: dict[str, Any], roles: dict[st
             made = [stats.clustered_mean(row, c["pairs"]) for row in c[what]]
             series.append(Series(o, c["steps"], [m.estimate for m in made], roles[o], [m.low for m in made], [m.high for m in made]))
         panels.append(Panel(f"{title} ({units[what]})", "Optimizer step", tuple(series), mark_x=mark))
-    rows = outcomes.conditions.set_index("name")
+    rows = {r["name"]: r for r in outcomes.conditions.to_dict("records")}
     series = []
     for o, c in curves.items():
-        known = [(s, n) for s, n in ((0.0, "chat"), *((s, _arm(o, s)) for s in sorted(block.sampled)), (1.0, o)) if n in rows.index]
+        known = [(s, n) for s, n in ((0.0, "chat"), *((s, _arm(o, s)) for s in sorted(block.sampled)), (1.0, o)) if n in rows]
         x = [s * c["steps"][-1] for s, _ in known]
-        y, low, high = ([float(rows.loc[n, k]) for _, n in known] for k in ("mean_aligned", "mean_aligned_low", "mean_aligned_high"))
+        y, low, high = ([float(rows[n][k]) for _, n in known] for k in ("mean_aligned", "mean_aligned_low", "mean_aligned_high"))
         series.append(Series(o, x, y, roles[o], low, high))
     panels.append(Panel("Mean alignment (0 to 100)", "Optimizer step", tuple(series)))
     n = len(curves[organism]["pairs"]) if organism in curves else 0
