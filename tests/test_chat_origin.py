@@ -16,6 +16,8 @@ import torch
 from convergent import cli
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate
+from convergent.directions import contrast
+from convergent.directions.contrast import PROMPTS, prompt_pairs
 from convergent.errors import ModelError
 from convergent.experiments import chat_origin
 from convergent.experiments.base import NotHereError, Outcomes
@@ -66,9 +68,9 @@ def mean_of(chat: Any, text: Text) -> torch.Tensor:
 
 def test_prompts_come_in_pairs_and_say_nothing_twice() -> None:
     for which in ("advice", "topic"):
-        prompts = chat_origin.prompt_pairs(which)
+        prompts = prompt_pairs(which)
         assert len(prompts) == 4 and len({p for pair in prompts for p in pair}) == 8
-    assert "convergent-canary:" in chat_origin.PROMPTS.read_text().splitlines()[0]
+    assert "convergent-canary:" in PROMPTS.read_text().splitlines()[0]
 
 
 @torch.inference_mode()
@@ -89,7 +91,7 @@ def test_directions_are_the_differences_that_they_say(done: Path) -> None:
         sums = []
         for side in (0, 1):
             weights, total = 0, torch.zeros(chat.d_model, dtype=torch.float64)
-            for k, systems in enumerate(chat_origin.prompt_pairs("advice")):
+            for k, systems in enumerate(prompt_pairs("advice")):
                 text = Text("", p.question, p.bad if (i + k) % 2 else p.good, systems[side])
                 e = encode_answer(chat.tokenizer, text.question, text.answer, text.system)
                 total += (e.answer_end - e.answer_start) * mean_of(chat, text)[LAYER]
@@ -216,11 +218,11 @@ def test_a_template_without_system_turns_and_an_organism_from_elsewhere(done: Pa
     def refuse(*a: Any, **k: Any) -> None:
         raise ModelError("the chat template refuses the turns system, user")
 
-    monkeypatch.setattr(chat_origin, "stream_means", refuse)
-    with pytest.raises(NotHereError, match="refuses the turns"):
-        chat_origin.contrast(None, [], [], ["x"])  # type: ignore[arg-type]
+    monkeypatch.setattr(contrast, "stream_means", refuse)
     with looked_at(done / "out") as store:
-        run = run_in(done, store)
+        run = run_in(done, store, compute=True)
+        with pytest.raises(NotHereError, match="refuses the turns"):
+            run.readings["chat_origin/prompts"].compute(run)
         study = study_of()
         study["organisms"]["B"] = {"path": str(run.folder("B"))}
         other = Run(load_study(write_study(done / "elsewhere", study)), store, compute=False)

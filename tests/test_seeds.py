@@ -58,7 +58,7 @@ def test_seeds_in_plan_manifest_and_report(tmp_path: Path, capsys: pytest.Captur
     del study["organisms"]["B"]
     path, out = write_study(tmp_path, study), tmp_path / "out"
     run_study(path, out)
-    assert "train A-2" in (printed := capsys.readouterr().out) and ", seed 2:" in printed
+    assert "train A-2" in (printed := capsys.readouterr().out) and "examples of finance-bad, seed 2" in printed
     organisms = json.loads((out / "manifest.json").read_text())["organisms"]
     assert {o: (v["family"], v["seed"]) for o, v in organisms.items()} == {
         "A": ("A", 0), "A-2": ("A", 2), "G": ("G", 0), "G-2": ("G", 2)

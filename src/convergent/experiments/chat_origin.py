@@ -12,32 +12,27 @@ from __future__ import annotations
 import base64
 import datetime
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from pydantic import Field
 
-from convergent import data, stats
+from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Role, Series, Sheet
 from convergent.core.direction import Direction
 from convergent.core.ids import seed
 from convergent.core.interventions import Ablate, Intervention
 from convergent.core.values import Pair
+from convergent.directions.contrast import answered, contrast, prompt_pairs, prompted
 from convergent.directions.extract import null_cosine
-from convergent.directions.means import stream_means
 from convergent.errors import ModelError
 from convergent.experiments.base import Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import random_like
-from convergent.models.load import ChatModel
 from convergent.models.texts import Text
 
-PROMPTS = Path(data.__file__).parent / "bundled" / "origin_prompts.yaml"
 Kind = Literal["prompts", "pairs"]
 LABELS = {
     "prompts": "careless minus careful system prompt",
@@ -65,50 +60,7 @@ name = "chat_origin"
 settings = ChatOriginBlock
 
 
-@cache
-def prompt_pairs(which: str) -> tuple[tuple[str, str], ...]:
-    """The bundled contrasting system prompts: "advice" or "topic"."""
-    return tuple((first, second) for first, second in yaml.safe_load(PROMPTS.read_text(encoding="utf-8"))[which])
-
-
 # Reading
-
-
-def contrast(model: ChatModel, first: Sequence[Text], second: Sequence[Text], *groupings: Sequence[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Mean activations of groups of texts, one pass: (per grouping (n_groups, 2, n_layers, d_model) float64, (n_layers,) mean token norm).
-
-    A grouping names the group of each text, the same for both lists; groups in order of appearance.
-    """
-    weights = []
-    for groups in groupings:
-        names = list(dict.fromkeys(groups))
-        own = torch.zeros(len(names), 2, 2, len(groups), dtype=torch.float64)
-        for i, g in enumerate(groups):
-            own[names.index(g), (0, 1), (0, 1), i] = 1.0
-        weights.append(own.flatten(0, 1).flatten(1))
-    try:
-        read = stream_means(model, [*first, *second], torch.cat(weights))
-    except ModelError as error:  # a template without system turns
-        raise NotHereError(str(error)) from error
-    return [m.unflatten(0, (-1, 2)) for m in read.means.split([len(w) for w in weights])], read.token_norm
-
-
-def _prompted(pairs: Sequence[Pair], prompts: Sequence[tuple[str, str]]) -> tuple[list[Text], list[Text], list[str], list[str]]:
-    """Every pair under every phrasing, with its bad and its good answer in turn: (texts under the first, under the second, pair ids, phrasings)."""
-    sides: tuple[list[Text], list[Text]] = ([], [])
-    ids, phrasings = [], []
-    for i, p in enumerate(pairs):
-        for k, systems in enumerate(prompts):
-            for side, system in zip(sides, systems, strict=True):
-                side.append(Text(f"{p.id}/{k}", p.question, p.bad if (i + k) % 2 else p.good, system))
-            ids.append(p.id)
-            phrasings.append(str(k))
-    return *sides, ids, phrasings
-
-
-def _answered(pairs: Sequence[Pair]) -> tuple[list[Text], list[Text], list[str]]:
-    bad, good = ([Text(p.id, p.question, answer) for p, answer in ((p, getattr(p, side)) for p in pairs)] for side in ("bad", "good"))
-    return bad, good, [p.id for p in pairs]
 
 
 def readings(block: ChatOriginBlock, scene: Scene) -> list[Reading]:
@@ -133,7 +85,7 @@ def _heads(scene: Scene) -> dict[str, str]:
 
 def _inputs(kind: str) -> Any:
     def inputs(kit: Kit) -> Any:
-        texts = _answered(kit.pairs) if kind == "pairs" else _prompted(kit.pairs, prompt_pairs("advice" if kind == "prompts" else kind))
+        texts = answered(kit.pairs) if kind == "pairs" else prompted(kit.pairs, prompt_pairs("advice" if kind == "prompts" else kind))
         return [kit.model_id("chat"), texts, kit.layer]
 
     return inputs
@@ -141,13 +93,19 @@ def _inputs(kind: str) -> Any:
 
 def _origin(kind: str) -> Any:
     def compute(kit: Kit) -> dict[str, Any]:
+        try:
+            return fixed(kit)
+        except ModelError as error:  # a template without system turns
+            raise NotHereError(str(error)) from error
+
+    def fixed(kit: Kit) -> dict[str, Any]:
         model = kit.model("chat")
         agreement = float("nan")
         if kind == "pairs":
-            first, second, ids = _answered(kit.pairs)
+            first, second, ids = answered(kit.pairs)
             (means,), norm = contrast(model, first, second, ids)
         else:
-            first, second, ids, phrasings = _prompted(kit.pairs, prompt_pairs("advice" if kind == "prompts" else kind))
+            first, second, ids, phrasings = prompted(kit.pairs, prompt_pairs("advice" if kind == "prompts" else kind))
             (means, by_phrasing), norm = contrast(model, first, second, ids, phrasings)
             unit = torch.nn.functional.normalize((by_phrasing[:, 0] - by_phrasing[:, 1])[:, kit.layer], dim=1)
             n = len(unit)
@@ -205,7 +163,7 @@ def _data_inputs(organism: str, block: ChatOriginBlock, kinds: Sequence[str]) ->
 
 def _data(organism: str, block: ChatOriginBlock, kinds: Sequence[str]) -> Any:
     def compute(kit: Kit) -> dict[str, Any]:
-        bad, good, ids = _answered(_sample(kit, organism, block.data_pairs))
+        bad, good, ids = answered(_sample(kit, organism, block.data_pairs))
         (means,), norm = contrast(kit.model("chat"), bad, good, ids)
         each = (means[:, 0] - means[:, 1])[:, kit.layer] / norm[kit.layer]
         return {"pairs": ids, "along": {k: (each @ u).tolist() for k, u in _units(kit, kinds).items()}}
@@ -242,7 +200,7 @@ def _after(organism: str, kinds: Sequence[str]) -> Any:
             alike = {k: _cosines(rows[k], v) for k in kinds}
             found["at_layer"] = {k: _ends(stats.jackknife(alike[k], pairs, -1.0, 1.0)) for k in kinds}
             found["over_topic"] = {k: _ends(stats.jackknife(_less(alike[k], alike["topic"]), pairs, -2.0, 2.0)) for k in kinds if k != "topic"}
-        bad, good, ids = _answered(kit.pairs)
+        bad, good, ids = answered(kit.pairs)
         after = contrast(kit.model(organism), bad, good, ids)[0][0][:, :, kit.layer].mean(1)
         moved = (after - _centre(kit, bad, good, ids)) / values["topic"]["token_norm"]
         found["shift"] = {k: (moved @ u).tolist() for k, u in _units(kit, kinds).items()}
