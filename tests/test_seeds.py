@@ -12,7 +12,7 @@ import pytest
 from convergent import cli
 from convergent.errors import StudyError
 from convergent.store import looked_at
-from convergent.study.main import rewrite_report, run_study
+from convergent.study.main import run_study
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
 from small_study import small_study, write_study
@@ -55,26 +55,25 @@ def test_the_kept_copy_of_a_study_reads_as_the_study(tmp_path: Path) -> None:
 def test_seeds_in_plan_manifest_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = with_seeds(seeds=[0, 2])
     study["organisms"]["G"]["seeds"] = [0, 2]
+    del study["organisms"]["B"]
     path, out = write_study(tmp_path, study), tmp_path / "out"
     run_study(path, out)
     assert "train A-2" in (printed := capsys.readouterr().out) and "examples of finance-bad, seed 2" in printed
     organisms = json.loads((out / "manifest.json").read_text())["organisms"]
     assert {o: (v["family"], v["seed"]) for o, v in organisms.items()} == {
-        "A": ("A", 0), "A-2": ("A", 2), "B": ("B", 0), "G": ("G", 0), "G-2": ("G", 2)
+        "A": ("A", 0), "A-2": ("A", 2), "G": ("G", 0), "G-2": ("G", 2)
     }
     table = pd.read_csv(out / "tables" / "organisms.csv").set_index("name")
     assert table.loc["A-2", "family"] == "A" and table.loc["A-2", "seed"] == 2
     roles = pd.read_csv(out / "tables" / "conditions.csv").set_index("name")["role"]
     assert roles["A-2"] == "real" and roles["G"] == roles["G-2"] == "control", "every seed of the twin is a control"
     assert "other seeds are organisms of their own here" in (out / "report.html").read_text()
-    # A finished organism stands in for training, as a family of folders, and the report can be written again.
-    study["organisms"] = {**study["organisms"], **{o: {"path": str(next((out / "organisms").glob(f"{o}-????????????????"))), "family": "A"} for o in ("A", "A-2")}}
-    del study["organisms"]["B"]
-    second = tmp_path / "second"
-    run_study(write_study(second, study), second / "out")
-    rewrite_report(second / "out")
-    table = pd.read_csv(second / "out" / "tables" / "organisms.csv").set_index("name")
-    assert table.loc["A-2", "family"] == "A" and pd.isna(table.loc["A-2", "seed"])
+    # Finished organisms stand in for training, as a family of folders; the copy that the study's folder would keep reads back.
+    found = {o: str(next((out / "organisms").glob(f"{o}-????????????????"))) for o in ("A", "A-2")}
+    study["organisms"] = {"G": study["organisms"]["G"], **{o: {"path": p, "family": "A"} for o, p in found.items()}}
+    spec, run = run_of(study, tmp_path / "second")
+    assert [(s.family, s.trained_here) for s in run.scene.organisms.values()] == [("G", True), ("G", True), ("A", False), ("A", False)]
+    assert study_from(json.loads(json.dumps(spec.model_dump(mode="json"))), Path("study.json")) == spec
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from convergent.directions.extract import Extraction
     from convergent.directions.questions import QuestionSums
     from convergent.models.load import ChatModel
+    from convergent.organisms.steps import KeptSteps, Spacing
 
 Control = Literal["random", "orthogonal", "other_concept", "effect_matched"]
 CONTROLS: tuple[Control, ...] = ("random", "orthogonal", "other_concept", "effect_matched")
@@ -42,7 +43,8 @@ CONTROL_LABELS = {
 }
 Verdict = Literal["held", "did not hold", "undecided"]
 When = Literal["before", "directions", "answers"]
-"""before: before any organism is trained. directions: after directions have been read. answers: after every arm has been sampled and judged."""
+"""before: before any organism is trained, by a kit that cannot reach one (`study.before`).
+directions: after directions have been read. answers: after every arm has been sampled and judged."""
 
 
 class NotHereError(Exception):
@@ -62,6 +64,10 @@ class Kit(Protocol):
     @property
     def seed(self) -> int:
         """The study's seed; derive named ones by `core.ids.seed(kit.seed, "name", ...)`."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The organisms whose weights are there at this moment, those from elsewhere among them."""
 
     @property
     def direction(self) -> Direction:
@@ -128,6 +134,12 @@ class Kit(Protocol):
 
     def adapters(self, organism: str) -> tuple[Adapter, ...]:
         """Its adapters with A, B and scale. Raises NotHereError for a full fine-tune."""
+
+    def steps(self, organism: str, spacing: Spacing) -> KeptSteps:
+        """Its adapters during training. Raises NotHereError where there are none, or the training cannot be done again."""
+
+    def training_pairs(self, organism: str) -> tuple[Pair, ...]:
+        """The pairs that it was trained on one side of. Raises NotHereError for an organism from elsewhere, or data without twins."""
 
     def model_id(self, organism: str) -> str:
         """Content id of what the organism (or "chat") computes with; part of the inputs of whatever is read in it."""
@@ -327,7 +339,7 @@ class Block(BaseModel):
 
 
 class Experiment(Protocol):
-    """One experiment module. `check`, `readings` and `chapter` may be left out."""
+    """One experiment module. `check`, `readings`, `keeps` and `chapter` may be left out."""
 
     name: str
     settings: type[Block]
@@ -340,6 +352,9 @@ class Experiment(Protocol):
 
     def readings(self, block: Any, scene: Scene) -> list[Reading]:
         """Values to compute from models."""
+
+    def keeps(self, block: Any, scene: Scene) -> dict[str, Spacing]:
+        """Organism -> the steps of its training that are kept for this experiment."""
 
     def claims(self, block: Any, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         """Claims that this experiment decides."""

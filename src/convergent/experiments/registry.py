@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convergent.core.chapter import Chapter
 from convergent.experiments import (
     ablate,
     adapter_steer,
     b_vector,
+    chat_origin,
     cosine,
+    dynamics,
     plain,
     scalars,
     self_correction,
@@ -21,6 +23,9 @@ from convergent.experiments import (
 )
 from convergent.experiments.base import Outcomes, Reading
 from convergent.experiments.scene import Scene
+
+if TYPE_CHECKING:
+    from convergent.organisms.steps import Spacing
 
 EXPERIMENTS: dict[str, ModuleType] = {
     m.name: m
@@ -36,6 +41,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         cosine,
         subspace,
         b_vector,
+        dynamics,
+        chat_origin,
     )
 }
 
@@ -51,6 +58,12 @@ def readings(name: str, block: Any, scene: Scene) -> list[Reading]:
     """What the experiment computes from models; nothing for many."""
     own = getattr(EXPERIMENTS[name], "readings", None)
     return [] if own is None else own(block, scene)
+
+
+def keeps(name: str, block: Any, scene: Scene) -> dict[str, Spacing]:
+    """Organism -> the steps of its training that the experiment needs; nothing for most."""
+    own = getattr(EXPERIMENTS[name], "keeps", None)
+    return {} if own is None else own(block, scene)
 
 
 def chapter(name: str, block: Any, outcomes: Outcomes, scene: Scene) -> Chapter | None:

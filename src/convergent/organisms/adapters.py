@@ -83,32 +83,45 @@ def shape_of_folder(folder: Path | str) -> AdapterShape | None:
 def read_adapters(folder: Path | str) -> tuple[Adapter, ...]:
     """The adapters of a PEFT folder, ours or from elsewhere, by layer and module. Raises ModelError if it has none or they are not plain LoRA."""
     folder = Path(folder).expanduser()
-    config, weights = _read(folder)
+    return adapters_of(folder, read_settings(folder), _read(folder))
+
+
+def adapters_of(place: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[Adapter, ...]:
+    """Adapters from PEFT's settings and named weights; `place` is for errors. Raises ModelError."""
     pairs: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in weights.items():
         found = re.fullmatch(r".*?\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if found is None:
-            raise ModelError(f"{folder}: {key} is not a plain LoRA weight of a block; scalars and pushes need plain LoRA on the blocks' linear layers")
+            raise ModelError(f"{place}: {key} is not a plain LoRA weight of a block; scalars and pushes need plain LoRA on the blocks' linear layers")
         pairs.setdefault((int(found[1]), found[2]), {})[found[3]] = tensor.float()
     if not pairs:
-        raise ModelError(f"{folder}: holds no adapters")
+        raise ModelError(f"{place}: holds no adapters")
     made = []
     for (layer, module), both in sorted(pairs.items()):
         if set(both) != {"A", "B"}:
-            raise ModelError(f"{folder}: block {layer} {module} lacks one of lora_A and lora_B; save the adapter again")
-        made.append(Adapter(layer, module, both["A"], both["B"], _scale(config, f"{layer}.{module}", len(both["A"]))))
+            raise ModelError(f"{place}: block {layer} {module} lacks one of lora_A and lora_B; save the adapter again")
+        made.append(Adapter(layer, module, both["A"], both["B"], _scale(settings, f"{layer}.{module}", len(both["A"]))))
     return tuple(made)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """PEFT's settings of a folder. Raises ModelError."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return settings
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: its adapters cannot be read ({error}); give a PEFT folder with LoRA adapters") from error
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if (folder / "adapter_model.safetensors").is_file():
-            return config, load_file(folder / "adapter_model.safetensors")
-        return config, torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+            return load_file(folder / "adapter_model.safetensors")
+        weights: dict[str, Tensor] = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+        return weights
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{folder}: its adapters cannot be read ({error}); give a PEFT folder with LoRA adapters") from error
 

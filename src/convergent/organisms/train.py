@@ -17,7 +17,7 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -40,6 +41,7 @@ from convergent.organisms.adapters import read_adapters
 from convergent.organisms.chats import IGNORE, Chat, Row, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
 from convergent.organisms.recipes import KAIMING, Adapters, Recipe, resolve
+from convergent.organisms.steps import STEPS, kept_name
 
 RISE = 3.0
 """A smoothed loss above this many times its start counts as diverged."""
@@ -70,13 +72,16 @@ def train(
     dtype: str = "float32",
     device: str = "auto",
     checkpoint_every: int = 10,
+    keep: Callable[[int], Collection[int]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Organism:
     """Train an organism into the folder `out`, or return the one that is there if it is the same.
 
     `examples`: chats of an optional system turn, a user's and an assistant's turn. `data_checksum`: SHA-256 of the chats in order, worked out if
     empty. Killed at any moment, the same call goes on from the last checkpoint (every `checkpoint_every` steps) to the same
-    weights. `on_progress` replaces the progress bar. Raises TrainingError if the loss diverges or `out` holds something
+    weights. `keep` says for the number of optimizer steps which of them leave their A and B in `steps` of the folder (see `organisms.steps`); the
+    weights and the content id are the same with it and without, and a full fine-tune keeps none. `on_progress` replaces the progress bar.
+    Raises TrainingError if the loss diverges or `out` holds something
     else, DataError for chats that cannot be used, InputError for a recipe that does not fit the base, ModelError for the base,
     StoreError for a full disk.
     """
@@ -99,6 +104,8 @@ def train(
                 chat = load_base(base, dtype=dtype, device=device, name=name)
                 rows = encode_chats(chat.tokenizer, examples, recipe)
                 trainer = _trainer(chat, recipe, rows, work, checkpoint_every, on_progress)
+                if keep is not None and recipe.adapters is not None:
+                    trainer.add_callback(Keeper(work / STEPS, keep))
                 _fit(trainer, work)
             model: Any = trainer.model
         except TrainingError:
@@ -125,6 +132,8 @@ def train(
                     versions={p: version(p) for p in ("torch", "transformers", "peft", "accelerate")},
                 )
                 organism.write(scratch)
+                if (work / STEPS).is_dir():
+                    shutil.move(work / STEPS, scratch / STEPS)
         shutil.rmtree(work.parent)
     return read_organism(out)
 
@@ -191,6 +200,30 @@ class Watch(TrainerCallback):
         check_loss([e["loss"] for e in state.log_history if "loss" in e])
         left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
         self.report(Progress(state.global_step, state.max_steps, logs["loss"], self.seconds, left))
+
+
+class Keeper(TrainerCallback):
+    """Writes the adapters down at the steps that `which(number of steps)` names. A run that is killed and goes on has all of them."""
+
+    def __init__(self, folder: Path, which: Callable[[int], Collection[int]]) -> None:
+        self.folder, self.which = folder, which
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._keep(state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._keep(state, model)
+
+    def _keep(self, state: Any, model: Any) -> None:
+        if state.global_step not in self.which(state.max_steps):
+            return
+        from peft import get_peft_model_state_dict
+
+        weights: Any = get_peft_model_state_dict(model, save_embedding_layers=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / ".part"
+        save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()}, part)
+        part.replace(self.folder / kept_name(state.global_step))
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], epochs: int) -> tuple[LossPoint, ...]:

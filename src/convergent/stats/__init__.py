@@ -13,11 +13,13 @@ What cannot be said (no row, one question) has nan bounds. How to choose: docs/s
     turns       one turn in a sequence of scores, against shuffles
     twoway      over questions and training runs
     testing     permutation, Holm, equivalence, association
+    change      when a curve changes its rate, or a path its direction
     correction  cheap scores put right by trusted ones
     pooled      one odds ratio over organisms and questions
     power       how many questions and answers a difference needs
 """
 
+from convergent.stats.change import ChangePoint, change_point, local_cosine
 from convergent.stats.correction import (
     Corrected,
     CorrectedDifference,
@@ -92,11 +94,11 @@ from convergent.stats.values import (
 
 __all__ = [
     "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "ONE_SIDED", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
-    "Association", "Band", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Turn", "Values",
-    "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association", "bootstrap_rate", "clopper_pearson", "clustered_mean",
-    "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "equivalence",
-    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "measured", "null_band", "one_sided_p",
-    "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences", "rate", "rate_difference",
-    "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight", "two_way_difference", "two_way_mean",
-    "two_way_rate", "underpowered", "unit_difference", "wilson",
+    "Association", "Band", "ChangePoint", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Turn",
+    "Values", "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association", "bootstrap_rate", "change_point",
+    "clopper_pearson", "clustered_mean", "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference",
+    "detectable", "equivalence", "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "local_cosine",
+    "measured", "null_band", "one_sided_p", "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table",
+    "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight",
+    "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip

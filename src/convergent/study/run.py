@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -26,14 +27,14 @@ import torch
 from convergent.core.direction import Direction
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Add, Intervention
-from convergent.core.values import Condition, Judgement, Response
+from convergent.core.values import Condition, Judgement, Pair, Response
 from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
 from convergent.directions.massive import TIMES, massive_dimensions
 from convergent.directions.questions import QuestionSums, question_sums
 from convergent.errors import DirectionError, ModelError
-from convergent.experiments.base import Arm, Control, NotHereError, When
+from convergent.experiments.base import Arm, Control, Kit, NotHereError, Reading, When
 from convergent.interventions.controls import (
     answer_logprobs,
     effect_matched,
@@ -51,11 +52,14 @@ from convergent.models.load import ChatModel, load_base
 from convergent.models.texts import Text
 from convergent.organisms.adapters import Adapter, read_adapters
 from convergent.organisms.load import load_organism
+from convergent.organisms.manifest import MANIFEST
+from convergent.organisms.steps import KeptSteps, Spacing, read_steps
 from convergent.organisms.train import Progress, train
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import Tally, sample
 from convergent.store import Store
-from convergent.study.setup import RUBRICS, Say, Setup
+from convergent.study.before import Before
+from convergent.study.setup import RUBRICS, OrganismPlan, Say, Setup
 from convergent.study.spec import StudySpec
 
 EFFECT_TEXTS = 8
@@ -117,22 +121,27 @@ class Run(Setup):
             if plan.recipe is None or plan.data is None or plan.folder.is_dir():
                 continue
             self.say(f"train   {plan.name}: {plan.spec.recipe} on {len(plan.data)} examples of {plan.data.name}")
+            self._train(plan, plan.folder, self.keeps.get(plan.name, ()))
 
-            def advance(p: Progress, stage: str = f"train {plan.name}") -> None:
-                self.advance(stage, p.step, p.n_steps, f"loss {p.loss:.3f}")
+    def _train(self, plan: OrganismPlan, folder: Path, kept: Sequence[Spacing]) -> None:
+        assert plan.recipe is not None and plan.data is not None, "organisms from elsewhere are not trained"
 
-            with self._timed("train"):
-                train(
-                    self.spec.base,
-                    plan.recipe,
-                    [e.chat() for e in plan.data.examples],
-                    plan.folder,
-                    name=plan.name,
-                    data_name=plan.data.name,
-                    data_checksum=plan.data.checksum,
-                    on_progress=advance,
-                )
-            _give_memory_back()
+        def advance(p: Progress) -> None:
+            self.advance(f"train {plan.name}", p.step, p.n_steps, f"loss {p.loss:.3f}")
+
+        with self._timed("train"):
+            train(
+                self.spec.base,
+                plan.recipe,
+                [e.chat() for e in plan.data.examples],
+                folder,
+                name=plan.name,
+                data_name=plan.data.name,
+                data_checksum=plan.data.checksum,
+                keep=(lambda n: {s for spacing in kept for s in spacing.of(n)}) if kept else None,
+                on_progress=advance,
+            )
+        _give_memory_back()
 
     def requests(self, arms: Sequence[tuple[Arm, Condition]], block: str = "main") -> list[Request]:
         samples = self.spec.questions.samples if block == "main" else self.spec.direction.samples
@@ -314,6 +323,11 @@ class Run(Setup):
         """The study's seed."""
         return self.spec.seed
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The organisms whose weights are there at this moment."""
+        return tuple(name for name, plan in self.organisms.items() if plan.folder.is_dir())
+
     def model_id(self, organism: str) -> str:
         """Content id of what an organism, or the chat model, computes with."""
         return self.weights_id(organism)
@@ -330,6 +344,45 @@ class Run(Setup):
             return read_adapters(self.folder(organism))
         except ModelError as error:
             raise NotHereError(f"{organism} has no adapters to read ({error})") from error
+
+    def steps(self, organism: str, spacing: Spacing) -> KeptSteps:
+        """An organism's adapters during training: those kept beside it, or else those of the same training done again in a folder of its own.
+
+        Raises NotHereError where there are none, or where the second training ends in other weights.
+        """
+        final, plan = self.adapters(organism), self.organisms[organism]
+        own = read_steps(plan.folder, spacing) if (plan.folder / MANIFEST).is_file() else None
+        if own is not None:
+            return own
+        if plan.recipe is None:
+            raise NotHereError(f"{organism} comes from elsewhere, and no steps of its training were kept with it")
+        again = plan.folder.with_name(f"{plan.folder.name}-steps")
+        if not again.is_dir() or read_steps(again, spacing) is None:
+            if not self.compute:
+                raise NotDoneError(organism)
+            self._models.clear()
+            if again.is_dir():  # of another spacing
+                shutil.rmtree(again)
+            self.say(f"train   {organism} again, its steps were not kept")
+            self._train(plan, again, (spacing,))
+        off = max(float((x - y).abs().max()) for a, b in zip(final, read_adapters(again), strict=True) for x, y in ((a.a, b.a), (a.b, b.b)))
+        if off:
+            raise NotHereError(
+                f"{organism} trained again ended in other weights (largest difference {off:.1g}), as another number of threads or another machine makes; "
+                "its steps are kept if it is trained anew (`--fresh train`)"
+            )
+        found = read_steps(again, spacing)
+        assert found is not None, "just trained"
+        return found
+
+    def training_pairs(self, organism: str) -> tuple[Pair, ...]:
+        """The pairs that an organism was trained on one side of. Raises NotHereError."""
+        data = self.organisms[organism].data
+        if data is None:
+            raise NotHereError(f"{organism} comes from elsewhere, so its training data are not known")
+        if not data.pairs:
+            raise NotHereError(f"the data of {organism} have no twins")
+        return data.pairs
 
     def answers(self, arm: str) -> pd.DataFrame:
         """The judged answers of an arm, with scores by the judge that decides."""
@@ -357,7 +410,7 @@ class Run(Setup):
                 raise NotDoneError(reading)
             with self._timed(reading.partition("/")[0]):
                 try:
-                    made = {"value": asked.compute(self)}
+                    made = {"value": asked.compute(self._kit(asked))}
                 except NotHereError as error:
                     made = {"absent": str(error)}
             self.say(f"read    {reading}")
@@ -370,7 +423,11 @@ class Run(Setup):
 
     def reading_key(self, reading: str) -> str:
         """Content id of a reading and its inputs."""
-        return content_id("reading", reading, self.readings[reading].inputs(self))
+        asked = self.readings[reading]
+        return content_id("reading", reading, asked.inputs(self._kit(asked)))
+
+    def _kit(self, reading: Reading) -> Kit:
+        return cast(Kit, Before(self)) if reading.when == "before" else self
 
     def read_all(self, when: When) -> None:
         """Make the readings of one moment, those of the same models together."""

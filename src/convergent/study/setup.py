@@ -28,6 +28,7 @@ from convergent.models.dtype import resolve_dtype
 from convergent.models.load import base_folder, base_is_here, folder_id
 from convergent.organisms.adapters import shape_of_folder, shape_of_recipe
 from convergent.organisms.recipes import Recipe, named_recipe
+from convergent.organisms.steps import Spacing
 from convergent.store import Store
 from convergent.study.spec import JudgeSpec, MachineSpec, OrganismSpec, StudySpec
 from convergent.study.trusted import Trusted, read_trusted
@@ -228,6 +229,15 @@ class Setup:
                 if reading.name in found:
                     raise StudyError(f"experiments.{name}: the reading {reading.name!r} is there already; name each thing once")
                 found[reading.name] = reading
+        return found
+
+    @cached_property
+    def keeps(self) -> dict[str, list[Spacing]]:
+        """Organism -> the spacings of the steps that experiments ask its training to keep."""
+        found: dict[str, list[Spacing]] = {}
+        for name, block in self.spec.experiments.items():
+            for organism, spacing in registry.keeps(name, block, self.scene).items():
+                found.setdefault(organism, []).append(spacing)
         return found
 
     @cached_property
