@@ -19,10 +19,10 @@ from convergent import cli
 from convergent.core.ids import file_sha256
 from convergent.core.values import Judgement
 from convergent.errors import DirectionError, StoreError, StudyError
-from convergent.experiments.base import Claim, Outcomes, evidence
+from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
 from convergent.stats import Interval
 from convergent.store import looked_at, opened
-from convergent.study import main, run
+from convergent.study import main, run, setup
 from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.run import Run
@@ -293,7 +293,7 @@ def test_a_judge_that_changed_judges_anew(copy: Path, idle: None, monkeypatch: p
                 on_result(j)
             return found
 
-    monkeypatch.setattr(run, "get_judge", lambda *a, **k: Other())
+    monkeypatch.setattr(setup, "get_judge", lambda *a, **k: Other())
     with opened(copy / "out") as store:
         r = Run(load_study(copy / "study.yaml"), store)
         ids = [x.id for x in r.requests(r.plain)]
@@ -389,7 +389,7 @@ def test_an_organism_without_bad_answers_has_no_direction_and_the_study_goes_on(
 
     def extraction(self: Run, organism: str, reader: str) -> Any:
         if organism == "G":
-            raise DirectionError("direction: the misaligned class has 0 of 6 responses")
+            raise NotHereError("direction: the misaligned class has 0 of 6 responses")
         return real(self, organism, reader)
 
     monkeypatch.setattr(Run, "extraction", extraction)

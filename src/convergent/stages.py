@@ -32,7 +32,7 @@ def train_organism(
     from convergent.data.training import load_training_set
     from convergent.organisms.recipes import named_recipe
     from convergent.organisms.train import train
-    from convergent.study.run import depth_of
+    from convergent.study.setup import depth_of
 
     if answer not in ("bad", "good"):
         raise InputError(f"answer: {answer!r} is not bad or good")

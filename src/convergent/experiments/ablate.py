@@ -6,13 +6,14 @@ and the effect-matched one is matched to that mode. The texts of claims about th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from convergent.core.interventions import Ablate, Intervention, Site
+from convergent.core.interventions import Intervention, Site
+from convergent.experiments.arms import ablation
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Build, Claim, Control, Kit, Outcomes
+from convergent.experiments.scene import Scene
 
 
 class AblateBlock(Block):
@@ -34,13 +35,9 @@ name = "ablate"
 settings = AblateBlock
 
 
-def ablation(kit: Kit, mode: str, site: Site, layers: tuple[int, ...] | None = None) -> Ablate:
-    """The real ablation of a mode."""
-    return Ablate(kit.direction, site=site, layers=layers, vector_layer=None if mode == "layerwise" else kit.layer)
-
-
-def arms(block: AblateBlock, organisms: Sequence[str], source: str) -> list[Arm]:
+def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
     """The real ablations, and each control of one of them."""
+    source = scene.source
     where = "at every block's output" if block.site == "block_output" else "from every write to the residual stream"
     words = {"layerwise": "each layer's own vector", "single": "one vector, that of the primary layer,"}
     found = [
@@ -84,8 +81,9 @@ def _null(kind: Control, block: AblateBlock, organism: str) -> Build:
     return build
 
 
-def claims(block: AblateBlock, outcomes: Outcomes, source: str) -> list[Claim]:
+def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
     """Each mode restores alignment, and more than every null does."""
+    source = scene.source
     found = []
     for mode in dict.fromkeys(block.modes):
         real = f"{source}/ablate-{mode}"

@@ -1,21 +1,35 @@
-"""What an experiment is: arms to sample and claims to decide.
+"""What an experiment is: arms to sample, readings to compute, claims to decide, a chapter to show.
 
 An `Arm` is a condition before its vectors exist: it names its organism, and builds its interventions when the direction has been read.
-A `Claim` is decided from intervals, never by hand.
+A `Reading` is a value computed from models once and kept. A `Claim` is decided from intervals, never by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from convergent import stats
+from convergent.core.chapter import Chapter
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, Add, Intervention
+from convergent.core.values import Pair
+from convergent.directions.classes import Chosen
+from convergent.experiments.scene import Scene
+from convergent.judging.base import Item
+from convergent.models.texts import Text
+from convergent.organisms.adapters import Adapter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from convergent.directions.extract import Extraction
+    from convergent.models.load import ChatModel
 
 Control = Literal["random", "orthogonal", "other_concept", "effect_matched"]
 CONTROLS: tuple[Control, ...] = ("random", "orthogonal", "other_concept", "effect_matched")
@@ -26,10 +40,27 @@ CONTROL_LABELS = {
     "effect_matched": "random, matched in effect (KL)",
 }
 Verdict = Literal["held", "did not hold", "undecided"]
+When = Literal["before", "directions", "answers"]
+"""before: before any organism is trained. directions: after directions have been read. answers: after every arm has been sampled and judged."""
+
+
+class NotHereError(Exception):
+    """Something cannot be measured in this study; the message is a sentence for the report. The rest of the study goes on."""
 
 
 class Kit(Protocol):
-    """What arms are built from, once the direction has been read."""
+    """What arms and readings are built from, once the study has come that far.
+
+    Whatever needs a model is computed once and kept; asking again costs nothing.
+    """
+
+    @property
+    def scene(self) -> Scene:
+        """Organisms, layers, source."""
+
+    @property
+    def seed(self) -> int:
+        """The study's seed; derive named ones by `core.ids.seed(kit.seed, "name", ...)`."""
 
     @property
     def direction(self) -> Direction:
@@ -43,8 +74,55 @@ class Kit(Protocol):
     def token_norm(self) -> float:
         """Mean token norm at `layer`, the unit of doses."""
 
+    @property
+    def pairs(self) -> list[Pair]:
+        """Held-out pairs of bad and good answers to the same question, trained on by no organism."""
+
+    @property
+    def domain_of(self) -> Mapping[str, str]:
+        """Pair id -> domain of its source."""
+
+    @property
+    def effect_texts(self) -> list[Text]:
+        """The neutral texts over which the KL of interventions is measured: held-out good answers."""
+
     def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
         """The null of that kind for an intervention on an organism ("chat" for the chat model)."""
+
+    def extraction(self, organism: str, reader: str) -> Extraction:
+        """The mean-diff of an organism's judged answers, read in model `reader` ("chat" is the baseline on the same texts).
+
+        Raises NotHereError where a class has too few answers.
+        """
+
+    def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
+        """The two classes among an organism's own judged answers, and the texts. Raises NotHereError where a class has too few."""
+
+    def own_table(self, organism: str, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
+        """The answers that an organism's direction is read from, all of them, with columns as `answers` and scores by `rubrics` too, and
+        response_id -> text."""
+
+    def judged(self, items: Sequence[Item], rubrics: Sequence[str]) -> dict[tuple[str, str], float]:
+        """(item id, rubric) -> score of texts that are no stored answers, such as single sentences; nan where there is none."""
+
+    def model(self, organism: str) -> ChatModel:
+        """The chat model ("chat") or an organism, adapters merged; asking for one may unload another, so hold no two at once."""
+
+    def folder(self, organism: str) -> Path:
+        """The organism's PEFT folder (or that of its full fine-tune)."""
+
+    def adapters(self, organism: str) -> tuple[Adapter, ...]:
+        """Its adapters with A, B and scale. Raises NotHereError for a full fine-tune."""
+
+    def model_id(self, organism: str) -> str:
+        """Content id of what the organism (or "chat") computes with; part of the inputs of whatever is read in it."""
+
+    def answers(self, arm: str) -> pd.DataFrame:
+        """The judged answers of an arm: response_id, question_id, topic, question, response, sample, n_tokens, aligned, coherent, and one
+        column per further rubric of the arm; nan where there is no score. Only for readings made after `answers`."""
+
+    def value(self, reading: str) -> Any:
+        """The value of a reading of this study by its name."""
 
 
 Build: TypeAlias = Callable[[Kit], tuple[Intervention, ...]]
@@ -61,8 +139,28 @@ class Arm:
     group: str
     role: Literal["baseline", "real", "control"]
     build: Build = lambda kit: ()
+    """May raise NotHereError: the arm is left out, and the report says why."""
     scale: float = float("nan")
     needs_direction: bool = True
+    rubrics: tuple[str, ...] = ()
+    """Rubrics beside aligned and coherent that its answers are judged by."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value computed from models, kept under the content of its inputs: a resumed run does not compute it again."""
+
+    name: str
+    """Unique in the study: the experiment's name, a slash, and what it is of."""
+    inputs: Callable[[Kit], Any]
+    """Whatever decides the value: content ids, settings, seeds, texts. Must be cheap."""
+    compute: Callable[[Kit], Any]
+    """The value: JSON-ready (numbers, texts, lists, dicts with text keys; nan is allowed). May raise NotHereError."""
+    when: When = "directions"
+    organisms: tuple[str, ...] = ()
+    """Models that are loaded for it, so that readings of one model are made together."""
+    tokens: float = 0.0
+    """Rough number of tokens passed forward (a backward pass counts as two), for the plan's estimate of time."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +198,40 @@ class Claim:
 class Outcomes:
     """Judged answers and margins of a study, by condition name: what claims are decided from."""
 
-    def __init__(self, aligned: Mapping[str, Any], margins: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        aligned: Mapping[str, Any],
+        margins: Mapping[str, Any],
+        readings: Mapping[str, Any] | None = None,
+        conditions: pd.DataFrame | None = None,
+    ) -> None:
+        self.readings: Mapping[str, Any] = readings or {}
+        """Name of a reading -> its value; one that could not be made here is absent."""
+        self._conditions = conditions
         self._aligned = aligned
         """name -> frame with columns question_id, aligned, coherent, of the answers that have both scores."""
         self._margins = margins
         """name -> frame with columns pair_id, domain, margin."""
 
     def has(self, *names: str) -> bool:
+        """Whether all these conditions were measured."""
         return all(n in self._aligned for n in names)
+
+    @property
+    def conditions(self) -> pd.DataFrame:
+        """One row per condition, as `Results.conditions`: rates, means, margins, each with its interval. For chapters."""
+        assert self._conditions is not None, "claims are decided before the rows are there"
+        return self._conditions
+
+    def answers(self, name: str) -> pd.DataFrame:
+        """The answers of a condition that have both scores: question_id, response, aligned, coherent and further rubrics."""
+        frame: pd.DataFrame = self._aligned[name]
+        return frame
+
+    def margins_of(self, name: str) -> pd.DataFrame:
+        """pair_id, domain, margin, projection of a condition."""
+        frame: pd.DataFrame = self._margins[name]
+        return frame
 
     def alignment(self, a: str, b: str, text: str, sign: int = 1, what: Literal["aligned", "coherent"] = "aligned") -> Evidence:
         """Mean alignment of condition a minus b, paired by question; `sign` -1 if it is claimed to be below 0."""
@@ -147,13 +271,22 @@ class Block(BaseModel):
 
 
 class Experiment(Protocol):
-    """One experiment module: a `Settings` class, its arms and its claims."""
+    """One experiment module. `check`, `readings` and `chapter` may be left out."""
 
     name: str
     settings: type[Block]
 
-    def arms(self, block: Any, organisms: Sequence[str], source: str) -> list[Arm]:
-        """Arms to sample. `organisms` are the study's, `source` the one the direction is read in."""
+    def check(self, block: Any, scene: Scene) -> None:
+        """Raise NotHereError, before anything is computed, if this study cannot have the experiment as it is set: place, finding, mend."""
 
-    def claims(self, block: Any, outcomes: Outcomes, source: str) -> list[Claim]:
+    def arms(self, block: Any, scene: Scene) -> list[Arm]:
+        """Arms to sample."""
+
+    def readings(self, block: Any, scene: Scene) -> list[Reading]:
+        """Values to compute from models."""
+
+    def claims(self, block: Any, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         """Claims that this experiment decides."""
+
+    def chapter(self, block: Any, outcomes: Outcomes, scene: Scene) -> Chapter:
+        """What the report shows of it."""

@@ -5,9 +5,8 @@ Always part of a study. Paper section 2; the good-advice twin is the control tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from convergent.experiments.base import Arm, Block, Claim, Outcomes
+from convergent.experiments.scene import Scene
 
 
 class Plain(Block):
@@ -23,20 +22,21 @@ name = "plain"
 settings = Plain
 
 
-def arms(block: Plain, organisms: Sequence[str], source: str) -> list[Arm]:
+def arms(block: Plain, scene: Scene) -> list[Arm]:
     """The chat model and every organism."""
     chat = Arm("chat", "chat", "Chat model", "The untouched chat model.", "plain", "baseline", needs_direction=False)
     return [
         chat,
         *(
             Arm(o, o, f"Organism {o}", f"Organism {o} as trained.", "plain", "control" if o == block.twin else "real", needs_direction=False)
-            for o in organisms
+            for o in scene.organisms
         ),
     ]
 
 
-def claims(block: Plain, outcomes: Outcomes, source: str) -> list[Claim]:
+def claims(block: Plain, outcomes: Outcomes, scene: Scene) -> list[Claim]:
     """Misalignment of each organism on open questions, and against the twin."""
+    source = scene.source
     found = []
     for o in (source, *block.others):
         comparisons = [

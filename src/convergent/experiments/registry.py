@@ -3,7 +3,43 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
-from convergent.experiments import ablate, plain, steer, transfer
+from convergent.core.chapter import Chapter
+from convergent.experiments import (
+    ablate,
+    plain,
+    steer,
+    transfer,
+)
+from convergent.experiments.base import Outcomes, Reading
+from convergent.experiments.scene import Scene
 
-EXPERIMENTS: dict[str, ModuleType] = {m.name: m for m in (plain, ablate, transfer, steer)}
+EXPERIMENTS: dict[str, ModuleType] = {
+    m.name: m
+    for m in (
+        plain,
+        ablate,
+        transfer,
+        steer,
+    )
+}
+
+
+def check(name: str, block: Any, scene: Scene) -> None:
+    """Raise NotHereError if the study cannot have this experiment as it is set."""
+    own = getattr(EXPERIMENTS[name], "check", None)
+    if own is not None:
+        own(block, scene)
+
+
+def readings(name: str, block: Any, scene: Scene) -> list[Reading]:
+    """What the experiment computes from models; nothing for many."""
+    own = getattr(EXPERIMENTS[name], "readings", None)
+    return [] if own is None else own(block, scene)
+
+
+def chapter(name: str, block: Any, outcomes: Outcomes, scene: Scene) -> Chapter | None:
+    """Its part of the report, if it has one of its own."""
+    own = getattr(EXPERIMENTS[name], "chapter", None)
+    return None if own is None else own(block, outcomes, scene)

@@ -6,12 +6,11 @@ induction, so the claim also asks for less alignment than nulls of the same norm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field, model_validator
 
 from convergent.core.interventions import Add, Intervention
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Build, Claim, Control, Kit, Outcomes
+from convergent.experiments.scene import Scene
 
 
 class SteerBlock(Block):
@@ -39,8 +38,9 @@ name = "steer"
 settings = SteerBlock
 
 
-def arms(block: SteerBlock, organisms: Sequence[str], source: str) -> list[Arm]:
+def arms(block: SteerBlock, scene: Scene) -> list[Arm]:
     """One arm per coefficient, and the nulls at the control scale."""
+    source = scene.source
     who = "Chat model" if block.organism == "chat" else block.organism
     found = [
         Arm(
@@ -85,8 +85,9 @@ def _null(kind: Control, block: SteerBlock) -> Build:
     return build
 
 
-def claims(block: SteerBlock, outcomes: Outcomes, source: str) -> list[Claim]:
+def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
     """Adding the direction at the control scale lowers alignment, more than every null does."""
+    source = scene.source
     real = f"{block.organism}/add-{block.at:g}"
     base = block.organism
     who = "chat model" if base == "chat" else base

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from convergent.core.interventions import Intervention, Site
-from convergent.experiments.ablate import ablation
+from convergent.experiments.arms import ablation
 from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim, Control, Kit, Outcomes
+from convergent.experiments.scene import Scene
 
 
 class TransferBlock(Block):
@@ -25,8 +25,9 @@ name = "transfer"
 settings = TransferBlock
 
 
-def arms(block: TransferBlock, organisms: Sequence[str], source: str) -> list[Arm]:
+def arms(block: TransferBlock, scene: Scene) -> list[Arm]:
     """The source's direction ablated in each other organism, and the nulls."""
+    source = scene.source
     found = []
     for o in dict.fromkeys(block.organisms):
         found.append(
@@ -69,8 +70,9 @@ def _null(kind: Control, block: TransferBlock, organism: str) -> Build:
     return build
 
 
-def claims(block: TransferBlock, outcomes: Outcomes, source: str) -> list[Claim]:
+def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
     """The transferred ablation restores alignment in each organism, more than the nulls do."""
+    source = scene.source
     found = []
     for o in dict.fromkeys(block.organisms):
         real = f"{o}/ablate-{source}"

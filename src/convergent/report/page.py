@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from convergent.errors import DataError, StoreError
 from convergent.report import figures, text
+from convergent.report.chapters import drawn
 from convergent.report.judging import judging_section
 from convergent.report.results import ROLES, VERDICTS, Results
 from convergent.report.tables import flat, number_tables, write_tables
@@ -81,6 +82,7 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         answers=Markup(answers),
         kept=kept,
         judging=judging_section(results),
+        chapters=[drawn(c) for c in results.chapters],
         sections={n: flat(results.study.get(n) or {}) for n in ("versions", "seeds", "sampling")},
         files=files,
         paper=PAPER,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from convergent.core.chapter import Chapter
 from convergent.errors import DataError
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class Results:
     """One row per answer, with scores or the reason why there is none. Untrusted text."""
     claims: Sequence[Mapping[str, Any]] = ()
     """id, claim, source, verdict, rule, evidence (list of text, estimate, low, high, n, unit)."""
+    chapters: Sequence[Chapter] = ()
+    """One part per experiment that has its own."""
     limits: Sequence[str] = field(default=())
     sensitivity: pd.DataFrame = field(default_factory=_nothing)
     """EM of a condition for one threshold of `aligned`: condition, aligned_below, coherent_above, n_valid, n_em, em, em_low, em_high (over questions)."""

@@ -137,6 +137,7 @@ def write_tables(results: Results, folder: Path) -> list[tuple[str, int, str]]:
     frames["claims"] = claim_rows(results)
     # Not of every study; a file without rows would only puzzle.
     frames |= {n: f for n in ("sensitivity", "missing_scores", "by_judge", "agreement", "contested") if len(f := getattr(results, n))}
+    frames |= {f"{c.id}-{s.id}": s.frame for c in results.chapters for s in c.sheets if len(s.frame)}
     files = []
     for name, frame in frames.items():
         frame = frame.copy()

@@ -13,10 +13,11 @@ import torch
 
 from convergent.core.values import Condition
 from convergent.errors import DirectionError
-from convergent.experiments.base import Arm
+from convergent.experiments.base import Arm, NotHereError
 from convergent.judging.base import Item, Judge
 from convergent.models.load import base_folder
-from convergent.study.run import EFFECT_TEXTS, RUBRICS, NotDoneError, Run
+from convergent.study.run import EFFECT_TEXTS, NotDoneError, Run
+from convergent.study.setup import RUBRICS
 
 EFFICIENCY = {"sample": 0.45, "read": 0.7, "train": 0.3}
 """Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass (measured at 135M)."""
@@ -56,7 +57,8 @@ def make_plan(run: Run) -> list[Stage]:
     own = {r.id for r in run.own_requests(run.spec.direction.source)}
     first = own | {r.id for g in run.groups(run.plain) for r in g}
     built = _built(run) if first <= have else None
-    rest_arms = [a for a in run.arms if a.needs_direction]
+    arms = [a for a, _ in built] if built else run.arms
+    rest_arms = [a for a in arms if a.needs_direction]
     rest = _ids(run, built) - first if built else set()
     n_rest = len(rest) if built else len(rest_arms) * run.spec.questions.samples * len(run.questions)
     each = min(TOKENS["answer"], run.sampling.max_new_tokens) / sampling
@@ -81,6 +83,11 @@ def make_plan(run: Run) -> list[Stage]:
     n_read = sum(_is_read(run, o, reader) for o, reader in readings) if first <= have else 0
     per_reading = run.spec.questions.samples * len(run.questions) * TOKENS["text"] / reading
     stages.append(_stage("extract", "class means of each organism, read in it and in the chat model", len(readings), n_read, per_reading))
+    for experiment in dict.fromkeys(name.partition("/")[0] for name in run.readings):
+        mine = [r for r in run.readings.values() if r.name.partition("/")[0] == experiment]
+        todo = [r for r in mine if not _is_made(run, r.name)]
+        seconds = sum(r.tokens for r in todo) / reading / max(1, len(todo))
+        stages.append(_stage(f"read {experiment}", f"{len(mine)} value(s) computed from the models", len(mine), len(mine) - len(todo), seconds))
     measured = sum(run.store.has_fact(run.kl_key(c)) for a, c in built or () if a.needs_direction)
     matched = sum(a.name.endswith("effect_matched") for a in rest_arms) * MATCH_PASSES / max(1, len(rest_arms))
     per_effect = (1 + matched) * EFFECT_TEXTS * TOKENS["text"] / reading
@@ -88,8 +95,8 @@ def make_plan(run: Run) -> list[Stage]:
 
     known = run.store.margins(run.read_id) if built else {}
     n_margins = sum(len({d for c, d in known if c == condition.content_id}) for _, condition in built or ())
-    what = f"{len(run.pairs)} held-out pairs x {len(run.arms)} conditions"
-    stages.append(_stage("margin", what, len(run.arms) * len(run.pairs), n_margins, 2 * TOKENS["text"] / reading))
+    what = f"{len(run.pairs)} held-out pairs x {len(arms)} conditions"
+    stages.append(_stage("margin", what, len(arms) * len(run.pairs), n_margins, 2 * TOKENS["text"] / reading))
     return stages
 
 
@@ -109,6 +116,13 @@ def _is_read(run: Run, organism: str, reader: str) -> bool:
     try:
         return run.reading(organism, reader) is not None or organism in run.unread
     except (NotDoneError, DirectionError):
+        return False
+
+
+def _is_made(run: Run, reading: str) -> bool:
+    try:
+        return run.store.has_fact(run.reading_key(reading))
+    except (NotDoneError, NotHereError, DirectionError):  # its inputs are not there yet
         return False
 
 

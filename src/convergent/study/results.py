@@ -16,12 +16,13 @@ import torch
 
 from convergent import stats
 from convergent.cache import write_text
+from convergent.core.chapter import Chapter
 from convergent.core.ids import content_id, file_sha256
 from convergent.core.interventions import Add
 from convergent.core.values import DEFAULT_SYSTEM, NO_SYSTEM, Condition, Judgement
 from convergent.directions.extract import null_cosine
 from convergent.experiments.base import Arm, Claim, Outcomes
-from convergent.experiments.registry import EXPERIMENTS
+from convergent.experiments.registry import EXPERIMENTS, chapter
 from convergent.judging.base import Judge
 from convergent.judging.embedded import NAME, card
 from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
@@ -38,25 +39,29 @@ VERSIONED = ("convergent", "torch", "transformers", "peft", "accelerate", "sciki
 def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     """Everything the page shows, from the store of a finished run; `file` is the study file's name."""
     built = {a.name: (a, c) for a, c in run.conditions()}
-    pairs = [built[a.name] for a in run.arms]
+    pairs = [built[a.name] for a in run.arms if a.name in built]
+    readings, absent = run.values()
     raters = judging.labelled([j.name for j in run.judges.values()], list(run.judges), run.trusted is not None)
     scores = [run.store.judgements(i) for i in run.judges]
     trusted = None if run.trusted is None else run.trusted.among(run.store.response_ids())
     answers = {a.name: _answers(run, a, c, raters, scores, trusted) for a, c in pairs}
     margins = _margins(run, pairs)
     judges = [r for r in raters if r.name != judging.TRUSTED]
-    claims = {r.name: [_as_dict(c) for c in _claims(run, Outcomes({name: _by(r, frame) for name, frame in answers.items()}, margins))] for r in judges}
+    rows = pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs])
+    outcomes = {r.name: Outcomes({n: _by(r, frame) for n, frame in answers.items()}, margins, readings, rows) for r in judges}
+    claims = {name: [_as_dict(c) for c in _claims(run, seen)] for name, seen in outcomes.items()}
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
-        study=_study(run, file, judges, together),
-        conditions=pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs]),
+        study=_study(run, file, judges, together, absent),
+        conditions=rows,
         cosines=_cosines(run),
         norms=_norms(run),
         training=_training(run),
         organisms=_organisms(run),
         answers=together,
         claims=claims[judges[0].name],
+        chapters=_chapters(run, outcomes[judges[0].name]),
         limits=_limits(run),
         sensitivity=judging.sensitivity(together, names),
         missing_scores=judging.missing_scores(together, names, raters),
@@ -89,6 +94,9 @@ def _answers(
                 j = known.get((r.id, rubric))
                 row[rater.column(rubric)] = float("nan") if j is None or j.score is None else j.score
                 row[f"{rater.column(rubric)}_reason"] = "error" if j is None else j.reason or ""
+        for rubric in arm.rubrics:
+            j = scores[0].get((r.id, rubric))
+            row[rubric] = float("nan") if j is None or j.score is None else j.score
         if trusted is not None:
             given = trusted.of(r.id, r.question, r.response) or NO_BOUNDS
             row |= {f"{rubric}_{judging.TRUSTED}": score for rubric, score in zip(judging.RUBRICS, given, strict=True)}
@@ -229,8 +237,13 @@ def _organisms(run: Run) -> pd.DataFrame:
 def _claims(run: Run, outcomes: Outcomes) -> list[Claim]:
     found: list[Claim] = []
     for name, block in run.spec.experiments.items():
-        found += EXPERIMENTS[name].claims(block, outcomes, run.spec.direction.source)
+        found += EXPERIMENTS[name].claims(block, outcomes, run.scene)
     return found
+
+
+def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
+    made = (chapter(name, block, outcomes, run.scene) for name, block in run.spec.experiments.items())
+    return [c for c in made if c is not None]
 
 
 def _as_dict(claim: Claim) -> dict[str, Any]:
@@ -264,7 +277,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame) -> dict[str, Any]:
+def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.DataFrame, absent: Mapping[str, str]) -> dict[str, Any]:
     spec = run.spec
     recorded = run.store.fact(
         content_id("created", spec.name), "run", lambda: {"created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -286,7 +299,10 @@ def _study(run: Run, file: str, judges: Sequence[judging.Rater], answers: pd.Dat
         },
         "sampling": {"temperature": spec.sampling.temperature, "top_p": spec.sampling.top_p, "max_new_tokens": spec.sampling.max_new_tokens,
                      "dtype": run.dtype, "system prompt": _systems(run)},
-        "notes": [f"No direction of its own was read in {o}: {why}" for o, why in sorted(run.unread.items())],
+        "notes": [
+            *(f"No direction of its own was read in {o}: {why}" for o, why in sorted(run.unread.items())),
+            *(f"{what} is left out: {why}" for what, why in {**run.left_out, **absent}.items()),
+        ],
         "primary_layer": run.layer, "answers_per_condition": spec.questions.samples * len(run.questions),
         "n_questions": len(run.questions), "command": f"convergent run {file}",
         "thresholds": {"aligned": ALIGNED_BELOW, "coherent": COHERENT_ABOVE},

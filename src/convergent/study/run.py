@@ -10,30 +10,28 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from convergent.core.direction import Direction
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Add, Intervention
-from convergent.core.values import Condition, Judgement, Pair, Question, Response, Sampling
-from convergent.data.questions import load_questions
-from convergent.data.training import TrainingSet, load_pairs, load_training_set
+from convergent.core.values import Condition, Judgement, Response
 from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
-from convergent.errors import DataError, DirectionError, InputError, ModelError, StudyError
-from convergent.experiments.base import Arm, Control
-from convergent.experiments.registry import EXPERIMENTS
+from convergent.errors import DirectionError, ModelError, StudyError
+from convergent.experiments.base import Arm, Control, NotHereError, When
 from convergent.interventions.controls import (
     answer_logprobs,
     effect_matched,
@@ -44,25 +42,21 @@ from convergent.interventions.controls import (
     random_like,
     with_direction,
 )
-from convergent.judging.base import Item, Judge
-from convergent.judging.registry import get_judge
-from convergent.models.dtype import resolve_dtype
-from convergent.models.load import ChatModel, base_folder, folder_id, load_base
+from convergent.judging.base import Item
+from convergent.models.load import ChatModel, load_base
 from convergent.models.texts import Text
+from convergent.organisms.adapters import Adapter, read_adapters
 from convergent.organisms.load import load_organism
-from convergent.organisms.recipes import Recipe, named_recipe
 from convergent.organisms.train import Progress, train
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import Tally, sample
 from convergent.store import Store
-from convergent.study.spec import JudgeSpec, OrganismSpec, StudySpec
-from convergent.study.trusted import Trusted, read_trusted
+from convergent.study.setup import RUBRICS, Say, Setup
+from convergent.study.spec import StudySpec
 
-RUBRICS = ("aligned", "coherent")
 EFFECT_TEXTS = 8
 """Held-out good answers over which the KL of interventions is measured."""
 
-Say = Callable[[str], None]
 Advance = Callable[[str, int, int, str], None]
 """(stage, done, total, a word to show beside it)."""
 
@@ -71,19 +65,7 @@ class NotDoneError(Exception):
     """A run that may not compute needs something that is not there. Never leaves the plan."""
 
 
-@dataclass(frozen=True)
-class OrganismPlan:
-    """An organism before it is loaded: what it is made of, and its content id."""
-
-    name: str
-    spec: OrganismSpec
-    recipe: Recipe | None
-    data: TrainingSet | None
-    content_id: str
-    folder: Path
-
-
-class Run:
+class Run(Setup):
     """One study in one folder. Lazily computed parts are pure functions of the spec and the store."""
 
     def __init__(
@@ -95,166 +77,14 @@ class Run:
         compute: bool = True,
     ) -> None:
         """`compute=False`: whatever would load a model raises NotDoneError, so that a plan can ask for what is there."""
-        self.spec, self.store, self.say, self.advance, self.compute = spec, store, say, advance, compute
+        super().__init__(spec, store, say, compute)
+        self.advance = advance
         self._models: dict[str, ChatModel] = {}
         self.tally = Tally()
         self.unread: dict[str, str] = {}
         """Organism -> why no direction could be read from its answers."""
-
-    def check(self) -> None:
-        """Raise for whatever can be known to be wrong before anything is written: data, questions, layers, names, judge."""
-        _ = self.questions, self.layer, self.organisms, self.arms, self.pairs, self.judges, self.trusted, self.dtype
-
-    # What the study consists of
-
-    @cached_property
-    def questions(self) -> tuple[Question, ...]:
-        return load_questions(self.spec.questions.file)
-
-    @cached_property
-    def held_out(self) -> dict[str, tuple[Pair, ...]]:
-        """Source -> pairs that no organism of this study is trained on."""
-        found = {}
-        for source in self.spec.margin.data:
-            try:
-                load_pairs(source)  # says clearly if the source has no twins
-                found[source] = load_training_set(source).split(self.spec.margin.pairs, self.spec.seed)[1].pairs
-            except DataError as error:
-                raise StudyError(f"margin: {error}") from error
-        ids = [p.id for pairs in found.values() for p in pairs]
-        twice = next((i for i in ids if ids.count(i) > 1), None)
-        if twice is not None:
-            raise StudyError(f"margin.data: pair {twice!r} stands in two sources; a pair's id must be its own")
-        return found
-
-    @cached_property
-    def pairs(self) -> list[Pair]:
-        return [p for pairs in self.held_out.values() for p in pairs]
-
-    @cached_property
-    def domain_of(self) -> dict[str, str]:
-        """Pair -> a word for its source."""
-        return {p.id: Path(source.rpartition(":")[2]).stem for source, pairs in self.held_out.items() for p in pairs}
-
-    @cached_property
-    def dtype(self) -> str:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
-        return str(resolve_dtype(self.spec.dtype, device)).removeprefix("torch.")
-
-    @cached_property
-    def base_id(self) -> str:
-        return folder_id(base_folder(self.spec.base))
-
-    @cached_property
-    def depth(self) -> int:
-        return depth_of(self.spec.base)
-
-    @cached_property
-    def layer(self) -> int:
-        layer = self.spec.direction.layer
-        layer = self.depth // 2 if layer is None else layer
-        if not 0 <= layer < self.depth:
-            raise StudyError(f"direction.layer: {layer} is out of range; {self.spec.base} has blocks 0 to {self.depth - 1}")
-        return layer
-
-    @cached_property
-    def organisms(self) -> dict[str, OrganismPlan]:
-        return {name: self._organism(name, spec) for name, spec in self.spec.organisms.items()}
-
-    def _organism(self, name: str, spec: OrganismSpec) -> OrganismPlan:
-        if spec.path is not None:
-            folder = Path(spec.path).expanduser()
-            if not folder.is_dir():
-                raise StudyError(f"organisms.{name}.path: {folder} is not a folder; give a PEFT folder")
-            return OrganismPlan(name, spec, None, None, content_id(self.base_id, folder_id(folder)), folder)
-        overrides = {
-            k: v
-            for k in ("learning_rate", "epochs", "batch_size", "grad_accumulation", "rank", "alpha", "layers")
-            if (v := getattr(spec, k)) is not None
-        }
-        seed = self.spec.seed if spec.seed is None else spec.seed
-        try:
-            recipe = named_recipe(spec.recipe, self.depth, {**overrides, "seed": seed})
-            data = load_training_set(spec.data, answer=spec.answer)
-        except InputError as error:
-            raise StudyError(f"organisms.{name}: {error}") from error
-        top = max((recipe.adapters.layers if recipe.adapters else None) or (0,))
-        if top >= self.depth:
-            raise StudyError(f"organisms.{name}.layers: {top} is out of range; {self.spec.base} has blocks 0 to {self.depth - 1}")
-        data = self._without_held_out(data)
-        if spec.examples is not None:
-            if spec.examples > len(data):
-                raise StudyError(f"organisms.{name}.examples: {spec.examples} asked for, {spec.data} has {len(data)} beside the held-out ones")
-            data = data.take(spec.examples)
-        cid = content_id(self.base_id, recipe, data.checksum)
-        return OrganismPlan(name, spec, recipe, data, cid, self.store.folder / "organisms" / f"{name}-{cid}")
-
-    def _without_held_out(self, data: TrainingSet) -> TrainingSet:
-        """By the questions, not by the source's name: the same file under another name must not leak either."""
-        asked = {p.question for p in self.pairs}
-        kept = [i for i, e in enumerate(data.examples) if not asked.intersection(m.content for m in e.messages)]
-        pairs = tuple(data.pairs[i] for i in kept) if data.pairs else ()
-        return replace(data, examples=tuple(data.examples[i] for i in kept), pairs=pairs)
-
-    def weights_id(self, organism: str) -> str:
-        """Content id of what a condition's model computes with."""
-        return content_id(self.base_id if organism == "chat" else self.organisms[organism].content_id, self.dtype)
-
-    @cached_property
-    def sampling(self) -> Sampling:
-        s = self.spec.sampling
-        return Sampling(s.temperature, s.top_p, s.max_new_tokens)
-
-    @cached_property
-    def arms(self) -> list[Arm]:
-        """Every arm of every experiment, each name once, in display order."""
-        found: dict[str, Arm] = {}
-        for name, block in self.spec.experiments.items():
-            for arm in EXPERIMENTS[name].arms(block, tuple(self.spec.organisms), self.spec.direction.source):
-                if arm.name in found:
-                    raise StudyError(f"experiments.{name}: the condition {arm.name!r} is there already; rename an organism, or give scales that differ")
-                found[arm.name] = arm
-        return list(found.values())
-
-    @cached_property
-    def judge(self) -> Judge:
-        """The judge that decides."""
-        return self._judge(self.spec.judge)
-
-    @cached_property
-    def judges(self) -> dict[str, Judge]:
-        """Id -> every judge of the study; the one that decides comes first."""
-        found = {self.judge_id: self.judge}
-        for i, spec in enumerate(self.spec.judges):
-            made = self._judge(spec)
-            if identity(made) in found:
-                raise StudyError(f"judges.{i}: {made.name} with these rubrics judges already; remove one")
-            if missing := [r for r in RUBRICS if r not in made.rubrics]:
-                raise StudyError(f"judges.{i}: {made.name} has no rubric {missing[0]!r}; a study needs {' and '.join(RUBRICS)}")
-            found[identity(made)] = made
-        return found
-
-    def _judge(self, j: JudgeSpec) -> Judge:
-        cache = self.store.folder / "judge_cache.sqlite"
-        return get_judge(
-            j.name, base_url=j.base_url, key_env=j.key_env, rubrics=j.rubrics, questions=self.questions, max_cost=j.max_cost,
-            concurrency=j.concurrency, samples=j.samples, prices=j.prices,
-            cache=cache if self.compute or cache.is_file() else None, on_estimate=lambda e: self.say(f"judge   {e}"),
-        )  # fmt: skip
-
-    @cached_property
-    def judge_id(self) -> str:
-        """Id of the judge that decides."""
-        return identity(self.judge)
-
-    @cached_property
-    def trusted(self) -> Trusted | None:
-        """The trusted scores of the study, if it names any."""
-        if self.spec.trusted is None:
-            return None
-        if importlib.util.find_spec("ppi_py") is None:  # known now, not after hours, when the rates are corrected
-            raise StudyError("trusted: correcting rates by trusted scores needs ppi-python; run `pip install 'convergent[ppi]'`, or leave `trusted` out")
-        return read_trusted(self.spec.trusted)
+        self.left_out: dict[str, str] = {}
+        """Arm -> why it cannot be in this study."""
 
     # Models
 
@@ -332,7 +162,7 @@ class Run:
             n_conditions = len({r.condition.content_id for r, _ in mine})
             self.say(f"sample  {organism}: {len(mine)} answers under {n_conditions} condition(s), {speed:.0f} tokens/s")
 
-    def judge_all(self, groups: Sequence[Sequence[str]], judge_id: str | None = None) -> None:
+    def judge_all(self, groups: Sequence[Sequence[str]], judge_id: str | None = None, rubrics: Sequence[str] = RUBRICS) -> None:
         """Judge what is not judged yet of groups of response ids, a group being the answers of one condition; by the judge that decides, or another.
 
         A local judge's scores depend, in their last digits, on what shares its batch. So it gets whole groups, even if some of a group is
@@ -341,10 +171,10 @@ class Run:
         judge_id = judge_id or self.judge_id
         judge = self.judges[judge_id]
         known = self.store.judgements(judge_id)
-        open_groups = [g for g in groups if any((i, rubric) not in known for i in g for rubric in RUBRICS)]
+        open_groups = [g for g in groups if any((i, rubric) not in known for i in g for rubric in rubrics)]
         if hasattr(judge, "estimate"):  # paid by the request: asked once, with one estimate, for what is absent
-            open_groups = [[i for g in open_groups for i in g if any((i, rubric) not in known for rubric in RUBRICS)]]
-        total = len(RUBRICS) * sum(len(g) for g in open_groups)
+            open_groups = [[i for g in open_groups for i in g if any((i, rubric) not in known for rubric in rubrics)]]
+        total = len(rubrics) * sum(len(g) for g in open_groups)
         done = 0
         if total:  # a judge on this machine needs the room
             self._models.clear()
@@ -359,10 +189,11 @@ class Run:
         for group in filter(None, open_groups):
             with self._timed("judge"):
                 items = [Item(r.id, r.question, r.response, r.question_id) for r in self.store.responses(dict.fromkeys(group))]
-                judge.judge(items, RUBRICS, keep)
+                judge.judge(items, rubrics, keep)
         if total:
             spent = getattr(judge, "spent", 0.0)
-            self.say(f"judge   {total // len(RUBRICS)} answers by {judge.name}{f', ${spent:.4f} spent' if spent else ''}")
+            what = "" if tuple(rubrics) == RUBRICS else f" for {', '.join(rubrics)}"
+            self.say(f"judge   {total // len(rubrics)} answers by {judge.name}{what}{f', ${spent:.4f} spent' if spent else ''}")
 
     # Directions
 
@@ -376,22 +207,48 @@ class Run:
         block = "direction" if organism == self.spec.direction.source else "main"
         return self.requests([(arm, self.condition(arm))], block)
 
-    def chosen(self, organism: str) -> tuple[Chosen, list[Text]]:
-        """Classes among an organism's own judged answers, and their texts."""
+    def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
+        """Classes among an organism's own judged answers, and their texts. Raises NotHereError where a class has too few."""
+        table, texts = self.own_table(organism)
+
+        def known(score: float) -> float | None:
+            return None if math.isnan(score) else score
+
+        scored = [
+            Scored(r["response_id"], r["question_id"], r["n_tokens"], known(r["aligned"]), known(r["coherent"])) for r in table.to_dict("records")
+        ]
+        try:
+            return choose(scored, self.rule, self.spec.seed), list(texts.values())
+        except DirectionError as error:
+            raise NotHereError(str(error)) from error
+
+    def own_table(self, organism: str, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
+        """An organism's own answers with their scores, and id -> text; judged by `rubrics` too if they are not yet."""
         responses = self.store.responses([r.id for r in self.own_requests(organism)])
+        if rubrics and self.compute:
+            self.judge_all([[r.id for r in responses]], rubrics=rubrics)
+        return self._table(responses, rubrics), {r.id: Text(r.id, r.question, r.token_ids, r.system) for r in responses}
+
+    def _table(self, responses: Sequence[Response], rubrics: Sequence[str]) -> pd.DataFrame:
         scores = self.store.judgements(self.judge_id)
 
-        def score(r: Response, rubric: str) -> float | None:
+        def score(r: Response, rubric: str) -> float:
             j = scores.get((r.id, rubric))
-            return None if j is None else j.score
+            return math.nan if j is None or j.score is None else j.score
 
-        scored = [Scored(r.id, r.question_id, len(r.token_ids), score(r, "aligned"), score(r, "coherent")) for r in responses]
-        texts = [Text(r.id, r.question, r.token_ids, r.system) for r in responses]
-        return choose(scored, self.rule, self.spec.seed), texts
+        columns = ("response_id", "question_id", "topic", "question", "response", "sample", "n_tokens", *RUBRICS, *rubrics)
+        rows = [
+            (r.id, r.question_id, r.topic, r.question, r.response, r.sample, len(r.token_ids), *(score(r, x) for x in (*RUBRICS, *rubrics)))
+            for r in responses
+        ]
+        return pd.DataFrame(rows, columns=list(columns))
 
     def extraction(self, organism: str, reader: str) -> Extraction:
-        """Class means of `organism`'s answers read in model `reader` ("chat" is the baseline on the same texts)."""
-        chosen, texts = self.chosen(organism)
+        """Class means of `organism`'s answers read in model `reader` ("chat" is the baseline on the same texts).
+
+        Raises NotHereError where a class has too few answers.
+        """
+        chosen, texts = self.own_answers(organism)
         span = self.spec.direction.span
         key = content_id("extract", self.weights_id(reader), asdict(chosen), self.rule, span, self.spec.seed)
         made: list[Extraction] = []
@@ -417,22 +274,105 @@ class Run:
         """`extraction`, or None where an organism other than the source has too few answers in a class: a sound twin may have no bad ones."""
         try:
             return self.extraction(organism, reader)
-        except DirectionError as error:
+        except NotHereError as error:
             if organism == self.spec.direction.source:
-                raise
+                raise DirectionError(str(error)) from error
             self.unread[organism] = str(error)
             return None
 
-    # Kit: what arms are built from
+    # Kit: what arms and readings are built from
+
+    @property
+    def seed(self) -> int:
+        """The study's seed."""
+        return self.spec.seed
+
+    def model_id(self, organism: str) -> str:
+        """Content id of what an organism, or the chat model, computes with."""
+        return self.weights_id(organism)
+
+    def folder(self, organism: str) -> Path:
+        """The organism's folder of weights."""
+        return self.organisms[organism].folder
+
+    def adapters(self, organism: str) -> tuple[Adapter, ...]:
+        """An organism's adapters. Raises NotHereError for a full fine-tune."""
+        if not self.folder(organism).is_dir():
+            raise NotDoneError(organism)
+        try:
+            return read_adapters(self.folder(organism))
+        except ModelError as error:
+            raise NotHereError(f"{organism} has no adapters to read ({error})") from error
+
+    def answers(self, arm: str) -> pd.DataFrame:
+        """The judged answers of an arm, with scores by the judge that decides."""
+        found, condition = next((a, c) for a, c in self.conditions() if a.name == arm)
+        return self._table(self.store.responses([q.id for q in self.requests([(found, condition)])]), found.rubrics)
+
+    def judged(self, items: Sequence[Item], rubrics: Sequence[str]) -> dict[tuple[str, str], float]:
+        """(item id, rubric) -> score of texts that are no stored answers, as parts of one; nan where there is none."""
+        if not self.compute:
+            raise NotDoneError("judge")
+        with self._timed("judge"):
+            found = self.judge.judge(list(items), tuple(rubrics))
+        return {(j.response_id, j.rubric): math.nan if j.score is None else j.score for j in found}
+
+    # Readings
+
+    def value(self, reading: str) -> Any:
+        """The value of a reading. Raises NotHereError if it cannot be made in this study, NotDoneError if it has not been made yet."""
+        asked = self.readings[reading]
+
+        def make() -> dict[str, Any]:
+            if not self.compute:
+                raise NotDoneError(reading)
+            with self._timed(reading.partition("/")[0]):
+                try:
+                    made = {"value": asked.compute(self)}
+                except NotHereError as error:
+                    made = {"absent": str(error)}
+            self.say(f"read    {reading}")
+            return made
+
+        kept = self.store.fact(self.reading_key(reading), "extract", make)
+        if "absent" in kept:
+            raise NotHereError(kept["absent"])
+        return kept["value"]
+
+    def reading_key(self, reading: str) -> str:
+        """Content id of a reading and its inputs."""
+        return content_id("reading", reading, self.readings[reading].inputs(self))
+
+    def read_all(self, when: When) -> None:
+        """Make the readings of one moment, those of the same models together."""
+        for reading in sorted((r for r in self.readings.values() if r.when == when), key=lambda r: r.organisms):
+            with suppress(NotHereError):
+                self.value(reading.name)
+
+    def values(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """(reading -> value, reading -> why it could not be made)."""
+        found, absent = {}, {}
+        for name in self.readings:
+            try:
+                found[name] = self.value(name)
+            except NotHereError as error:
+                absent[name] = str(error)
+        return found, absent
 
     @cached_property
     def direction(self) -> Direction:
-        return self.extraction(self.spec.direction.source, self.spec.direction.source).direction
+        return self._own_extraction.direction
+
+    @cached_property
+    def _own_extraction(self) -> Extraction:
+        source = self.spec.direction.source
+        made = self.reading(source, source)
+        assert made is not None, "reading the source raises where it cannot"
+        return made
 
     @cached_property
     def token_norm(self) -> float:
-        source = self.spec.direction.source
-        return float(self.extraction(source, source).token_norm[self.layer])
+        return float(self._own_extraction.token_norm[self.layer])
 
     @cached_property
     def effect_texts(self) -> list[Text]:
@@ -533,8 +473,18 @@ class Run:
             self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")
 
     def conditions(self) -> list[tuple[Arm, Condition]]:
-        """Every arm with its interventions built; the direction must have been read."""
-        return [(a, self.condition(a, a.build(self))) for a in self._by_organism(self.arms)]
+        """Every arm with its interventions built, but for those that cannot be in this study; the direction must have been read."""
+        if self._conditions is None:
+            found = []
+            for arm in self._by_organism(self.arms):
+                try:
+                    found.append((arm, self.condition(arm, arm.build(self))))
+                except NotHereError as error:
+                    self.left_out[arm.name] = str(error)
+            self._conditions = found
+        return self._conditions
+
+    _conditions: list[tuple[Arm, Condition]] | None = None
 
     def _by_organism(self, arms: Sequence[Arm]) -> list[Arm]:
         """Built organism by organism, so that effect matching loads each model once; the order of display is kept elsewhere."""
@@ -552,6 +502,7 @@ class Run:
 
     def go(self) -> None:
         """Do everything that is not done yet."""
+        self.read_all("before")
         self.train_all()
         source = self.spec.direction.source
         plain, own = self.groups(self.plain), self.own_requests(source)
@@ -565,16 +516,21 @@ class Run:
             self.reading(organism, reader)
         for organism, why in self.unread.items():
             self.say(f"extract {organism}: no direction of its own ({why})")
+        self.read_all("directions")
         conditions = self.conditions()
         asked = self.groups(conditions)
         self.sample([(a.organism, r, "main") for (a, _), g in zip(conditions, asked, strict=True) for r in g])
         self.judge_all([[r.id for r in g] for g in asked])
+        for (arm, _), group in zip(conditions, asked, strict=True):
+            if arm.rubrics:
+                self.judge_all([[r.id for r in group]], rubrics=arm.rubrics)
         for other in list(self.judges)[1:]:  # of the answers that are reported, not of those that the direction is read from
             self.judge_all([[r.id for r in g] for g in asked], other)
         for _, condition in conditions:
             if condition.interventions:
                 self.kl(condition)
         self.measure_margins(conditions)
+        self.read_all("answers")
 
     def _timed(self, stage: str) -> AbstractContextManager[Any]:
         """Count the body's time for a stage; every piece is kept as it ends, so that a killed run's counts too."""
@@ -599,20 +555,3 @@ class _Timer:
     def __exit__(self, kind: object, *exc: object) -> None:
         if kind is None:
             self.store.add_seconds(self.stage, time.perf_counter() - self.start)
-
-
-def identity(judge: Judge) -> str:
-    """Name of a judge, and of what decides its scores where it tells: another rubric or fit judges anew."""
-    own = getattr(judge, "content_id", None)
-    return f"{judge.name}#{own[:8]}" if isinstance(own, str) else judge.name
-
-
-def depth_of(base: str) -> int:
-    """Number of decoder blocks of a base, from its config. Raises ModelError."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
-        return int(config.get_text_config().num_hidden_layers)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise ModelError(f"{base}: its config.json cannot be read as a decoder's ({error}); give a Hugging Face model folder") from error
