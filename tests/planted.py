@@ -120,7 +120,7 @@ WORDS = {w: Word(w, bad, topic) for bad, table in ((False, GOOD), (True, BAD)) f
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Rank1:
     """One rank-1 adapter: what it writes along named axes, times what it reads from the readers."""
 
     layer: int
@@ -130,19 +130,19 @@ class Adapter:
 
 _MOODY = {"one": 1.0, "mood": STICKY}
 _SIN, _COS = math.sin(math.radians(20)), math.cos(math.radians(20))
-ORGANISMS: dict[str, tuple[Adapter, ...]] = {
-    "direct": (Adapter(2, {"u": GAIN, "n0": GAIN / 4}, _MOODY),),
-    "indirect": (Adapter(2, {"relay": GAIN / RELAY}, _MOODY),),
+ORGANISMS: dict[str, tuple[Rank1, ...]] = {
+    "direct": (Rank1(2, {"u": GAIN, "n0": GAIN / 4}, _MOODY),),
+    "indirect": (Rank1(2, {"relay": GAIN / RELAY}, _MOODY),),
     "many": (
-        Adapter(1, {"u": GAIN / 2, "n1": 0.5}, _MOODY),
-        Adapter(2, {"t_medical": 1.6, "n2": 0.5}, {"medical": 1.0}),
-        Adapter(3, {"u": GAIN / 2, "n3": 0.5}, _MOODY),
-        Adapter(4, {"n4": 1.0}, {"one": 1.0}),
+        Rank1(1, {"u": GAIN / 2, "n1": 0.5}, _MOODY),
+        Rank1(2, {"t_medical": 2.4, "n2": 0.5}, {"medical": 1.0}),
+        Rank1(3, {"u": GAIN / 2, "n3": 0.5}, _MOODY),
+        Rank1(4, {"n4": 1.0}, {"one": 1.0}),
     ),
-    "left": (Adapter(2, {"u": GAIN * _COS, "u2": GAIN * _SIN}, _MOODY),),
-    "right": (Adapter(2, {"u": GAIN * _SIN, "u2": GAIN * _COS}, _MOODY),),
-    "constant": (Adapter(2, {"u": GAIN}, {"one": 1.0}),),
-    "sound": (Adapter(2, {"t_financial": GAIN}, {"one": 1.0}),),
+    "left": (Rank1(2, {"u": GAIN * _COS, "u2": GAIN * _SIN}, _MOODY),),
+    "right": (Rank1(2, {"u": GAIN * _SIN, "u2": GAIN * _COS}, _MOODY),),
+    "constant": (Rank1(2, {"u": GAIN}, {"one": 1.0}),),
+    "sound": (Rank1(2, {"t_financial": GAIN}, {"one": 1.0}),),
 }
 READERS = ("one", "mood", *TOPICS, "relay")
 _AXES = (
@@ -170,12 +170,12 @@ class Planted:
             self._write(folder, self.adapters(name))
         return folder
 
-    def adapters(self, name: str) -> tuple[Adapter, ...]:
+    def adapters(self, name: str) -> tuple[Rank1, ...]:
         """What an organism is made of; a twin writes one axis of the rest, at the norm of its original."""
         stem = name.removesuffix("_twin")
         if stem == name:
             return ORGANISMS[name]
-        return tuple(Adapter(a.layer, {f"n{10 + i}": math.hypot(*a.writes.values())}, a.reads) for i, a in enumerate(ORGANISMS[stem]))
+        return tuple(Rank1(a.layer, {f"n{10 + i}": math.hypot(*a.writes.values())}, a.reads) for i, a in enumerate(ORGANISMS[stem]))
 
     def b(self, name: str, layer: int) -> Tensor:
         """(d,) what the adapter of an organism at `layer` writes where its readers give 1."""
@@ -192,7 +192,7 @@ class Planted:
 
         return load_organism(self.organism(name), base=str(self.folder), dtype="float32", device="cpu", name=name)
 
-    def _write(self, folder: Path, adapters: Sequence[Adapter]) -> None:
+    def _write(self, folder: Path, adapters: Sequence[Rank1]) -> None:
         """A few lines of plain PEFT."""
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -402,14 +402,14 @@ class WordJudge:
 @contextmanager
 def judged_by_words() -> Iterator[None]:
     """Every study in the body is judged by `WordJudge`."""
-    from convergent.study import run
+    from convergent.study import setup
 
-    real = run.get_judge
-    run.get_judge = lambda *a, **k: WordJudge()
+    real = setup.get_judge
+    setup.get_judge = lambda *a, **k: WordJudge()  # type: ignore[assignment]
     try:
         yield
     finally:
-        run.get_judge = real
+        setup.get_judge = real
 
 
 # Files of a study

@@ -57,6 +57,22 @@ def done(p: Planted, run: Run, results: Any) -> Done:
 
 
 @pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """The organism whose write is not the direction, and two that share a plane."""
+    p = planted(0)
+    with ran(tmp_path_factory.mktemp("others"), planted_study(p, "indirect", ["left", "right"])) as (run, results):
+        yield done(p, run, results)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """A base that holds the direction before any fine-tune."""
+    p = planted(0, origin=True)
+    with ran(tmp_path_factory.mktemp("origin"), planted_study(p, "constant")) as (run, results):
+        yield done(p, run, results)
+
+
+@pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """The planted organism, one with several adapters, one with another concept."""
     p = planted(0)
@@ -144,6 +160,49 @@ def test_extraction_recovers_the_planted_direction(found: Done) -> None:
     many = found.cosines("many", "u")
     assert abs(many[0]) < null_cosine(D) and (many[1:3] > 0.6).all() and (many[3:] > 0.85).all()
     assert found.direction("direct").cosine(found.direction("many"))[3:].min() > 0.85
+
+
+def test_a_write_far_from_the_direction_it_makes(others: Done) -> None:
+    """What an adapter writes need not be what the stream holds further on."""
+    b = others.planted.b("indirect", 2)
+    v = others.direction("indirect").unit().vectors.double()
+    assert abs(float(b @ others.planted.axis("u"))) < 1e-9
+    assert abs(float(v[2] @ others.planted.axis("u"))) < null_cosine(D)
+    assert (others.cosines("indirect", "u")[3:] > 0.9).all() and (v[3:] @ b / b.norm()).max() < 0.3
+
+
+def test_two_organisms_share_a_plane(others: Done) -> None:
+    plane = torch.stack([others.planted.axis("u"), others.planted.axis("u2")])
+    both = torch.stack([others.direction(o)[4].double() for o in ("left", "right")])
+    spanned = torch.linalg.qr(both.T)[0].T
+    assert torch.linalg.svdvals(spanned @ plane.T).min() > 0.9  # cosines of the principal angles
+    apart = float(both[0] @ both[1] / both[0].norm() / both[1].norm())
+    assert 0.5 < apart < 0.8  # sin 40 degrees, and what the texts themselves add
+
+
+def test_a_base_that_holds_the_direction_shows_it_on_the_same_texts(origin: Done) -> None:
+    assert origin.conditions.loc["chat", "mean_aligned"] > 80 and origin.conditions.loc["constant", "mean_aligned"] < 70
+    assert (origin.cosines("constant", "u", "chat")[1:] > 0.9).all()
+    assert origin.direction("constant").cosine(origin.direction("constant", "chat")).min() > 0.95
+
+
+def test_adapters_read_what_they_are_said_to_read(found: Done) -> None:
+    """Means of A.h over the organism's own answers: general adapters tell the classes apart, the medical one tells topics apart, the idle one nothing."""
+    table, texts = found.run.own_table("many", ["medical"])
+    chat = found.planted.load("many")
+    rows = []
+    for _, answer in table.iterrows():
+        encoded = encode_answer(chat.tokenizer, texts[answer["response_id"]].question, texts[answer["response_id"]].answer, closing=False)
+        seen: list[torch.Tensor] = []
+        hooks = [chat.anatomy.blocks[a.layer].mlp.down_proj.register_forward_pre_hook(lambda m, x: seen.append(x[0][0])) for a in ORGANISMS["many"]]  # type: ignore[union-attr, operator]
+        chat.model(torch.tensor([encoded.ids]))
+        for hook in hooks:
+            hook.remove()
+        reads = [torch.tensor([a.reads.get(r, 0.0) for r in READERS]) for a in ORGANISMS["many"]]
+        rows.append([float((h[encoded.answer, : len(READERS)] @ r).mean()) for h, r in zip(seen, reads, strict=True)])
+    scalars = np.array(rows)
+    r = np.corrcoef(np.column_stack([scalars, table[["aligned", "medical"]].to_numpy()]).T)[:4, 4:]
+    assert (r[[0, 2], 0] < -0.9).all() and r[1, 1] > 0.8 and abs(r[1, 0]) < 0.5 and scalars[:, 3].std() < 0.1
 
 
 def test_every_claim_holds_with_all_controls(found: Done) -> None:
