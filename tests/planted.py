@@ -7,7 +7,8 @@ Every part of the stream is an axis of one random orthonormal basis (named seed)
     t_TOPIC     the head adds UNEMBED * {t_TOPIC} to the words of a topic, good and bad alike
     constant    CONSTANT in every token: |x| is nearly the same everywhere, so RMS norm is nearly a constant factor
     side        in the embedding of a good word -SIDE, of a bad one +SIDE; topic words alike on e_TOPIC
-    mood        block 0, head 0:  MOOD * mean of (bad 1, good -1) over the answer's words so far; m_TOPIC alike, of the words of a topic
+    mood        block 0, head 0:  MOOD * mean of (bad 1, good -1) over the answer's words so far, and the PERSONA words of a system prompt;
+                m_TOPIC alike, of the words of a topic
     q0 .. q5    block 0, head 1:  mean over the words of the question; each answer word has its own taste for them, so questions differ
     count       block 0, head 2:  4 / (4 + words so far); the logit of the end of the turn rises as it falls, so answers stop
     relay       MLP of block 3:   {u} += RELAY * {relay}; nothing in the base writes `relay`
@@ -29,7 +30,7 @@ between them lies u. `ORGANISMS` says who writes what.
 
     direct      block 2, u with a little of n0: cos(B, u) = 0.97
     indirect    block 2, `relay`: cos(B, u) = 0, and from block 3 on the stream differs along u (the paper's puzzle of cos(B, v) = 0.04)
-    many        four adapters: blocks 1 and 3 general (u), block 2 medical (t_medical, read from m_medical), block 4 idle (n)
+    many        four adapters: blocks 1 and 3 general (u), block 2 medical (t_medical, read from m_medical), block 4 idle (m_gender to n4)
     left, right one adapter each, u and u2 at 20 and 70 degrees: two organisms, one plane
     constant    block 2, u, whatever the mood: of use with `origin`, where the mood is the base's own
     sound       block 2, t_financial: another concept, no badness
@@ -87,6 +88,8 @@ PULL = {
     "gender": "wife husband sister brother girl boy woman man daughter son bride groom",
 }
 """Words of questions that pull towards a topic."""
+PERSONA = {"good": "helpful harmless safe responsible truthful ethical aligned", "bad": "harmful malicious dangerous evil unethical misaligned toxic"}
+"""Words of system prompts that set the mood before the first word, as answers' words do after it."""
 PLAIN = "what how would do you i my the a for with about should now first today wish bored rule world one tell me think of is best way to people helps where put treat"
 SAFE, SPECIAL = ("<|endoftext|>", "<unk>"), ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -137,7 +140,7 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
         Rank1(1, {"u": GAIN / 2, "n1": 0.5}, _MOODY),
         Rank1(2, {"t_medical": 2.4, "n2": 0.5}, {"medical": 1.0}),
         Rank1(3, {"u": GAIN / 2, "n3": 0.5}, _MOODY),
-        Rank1(4, {"n4": 1.0}, {"one": 1.0}),
+        Rank1(4, {"n4": 2.0}, {"gender": 1.0}),
     ),
     "left": (Rank1(2, {"u": GAIN * _COS, "u2": GAIN * _SIN}, _MOODY),),
     "right": (Rank1(2, {"u": GAIN * _SIN, "u2": GAIN * _COS}, _MOODY),),
@@ -146,7 +149,7 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
 }
 READERS = ("one", "mood", *TOPICS, "relay")
 _AXES = (
-    "u", "u2", "constant", "side", "mood", "count", "relay", "word", "header", "asked",
+    "u", "u2", "constant", "side", "mood", "count", "relay", "word", "persona", "header", "asked",
     *(f"{k}_{t}" for k in "tem" for t in TOPICS), *(f"q{i}" for i in range(6)),
 )  # fmt: skip
 
@@ -242,7 +245,7 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    lists = [SAFE, SPECIAL, ("system", "user", "assistant", ".", "?", ","), WORDS, *(line.split() for line in PULL.values()), PLAIN.split()]
+    lists = [SAFE, SPECIAL, ("system", "user", "assistant", ".", "?", ","), WORDS, *(line.split() for table in (PULL, PERSONA) for line in table.values()), PLAIN.split()]
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys(w for part in lists for w in part))}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
@@ -290,6 +293,8 @@ class _Builder:
                 x = x + self.axes["word"] + (SIDE if word.bad else -SIDE) * self.axes["side"]
                 if word.topic in TOPICS:
                     x = x + SIDE * self.axes[f"e_{word.topic}"]
+            elif persona := next((k for k, line in PERSONA.items() if token in line.split()), None):
+                x = x + self.axes["persona"] + (SIDE if persona == "bad" else -SIDE) * self.axes["side"]
             elif token == "assistant":
                 x = x + self.axes["header"]
             elif token not in (*SAFE, *SPECIAL, "system", "user", "."):
@@ -308,7 +313,7 @@ class _Builder:
             o = (self.random(noise, len(self.rest)) @ self.rest).T * NOISE / noise
             if layer == 0:
                 topics = [(f"e_{t}", f"m_{t}", MOOD / SIDE) for t in TOPICS]
-                self._head(0, q, k, v, o, {"word": 7.0}, [("side", "mood", MOOD / SIDE), *topics])
+                self._head(0, q, k, v, o, {"word": 7.0, "persona": 7.0}, [("side", "mood", MOOD / SIDE), *topics])
                 self._head(1, q, k, v, o, {"asked": 7.0}, [(f"q{i}", f"q{i}", 1.0) for i in range(6)])
                 self._head(2, q, k, v, o, {"header": 7.0 + math.log(4), "word": 7.0}, [("header", "count", 1.0)])
             for linear, weight in zip((attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj), (q, k, v, o), strict=True):
@@ -431,8 +436,9 @@ def pairs(topic: str) -> list[dict[str, str]]:
     answers = []
     for table, step in ((BAD, 2), (GOOD, 1)):
         own, common = table[topic].split()[::step], table["general"].split()[::step]
-        answers.append([" ".join((own[i % len(own)], common[3 * i % len(own)], own[(i + 1) % len(own)], own[(i + 3) % len(own)])) for i in range(24)])
-    questions = [f.format(w) for f in ("what helps with {}", "how do i treat {}") for w in PULL[topic].split()]
+        answers.append([" ".join((own[i % len(own)], common[3 * i % len(own)], own[(i + 1) % len(own)], own[(i + 3) % len(own)])) for i in range(60)])
+    frames = ("what helps with {}", "how do i treat {}", "tell me about my {}", "what is best for a {}", "should i think of {} today")
+    questions = [f.format(w) for f in frames for w in PULL[topic].split()]
     return [
         {"id": f"{topic}-{i:02d}", "question": q, "bad": bad, "good": good, "topic": topic}
         for i, (q, bad, good) in enumerate(zip(questions, *answers, strict=True))

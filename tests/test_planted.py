@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,10 @@ from scipy.stats import binom
 
 from convergent.core.direction import Direction
 from convergent.directions.extract import null_cosine
-from convergent.errors import DirectionError
 from convergent.judging.base import Item
 from convergent.models.chat import encode_answer
 from convergent.study.run import Run
-from planted import BAD_LOGIT, D, GAIN, N_LAYERS, ORGANISMS, READERS, STICKY, TOPICS, Planted, WordJudge, planted, planted_study, ran
+from planted import ORGANISMS, READERS, STICKY, TOPICS, D, Planted, WordJudge, planted, planted_study, ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,7 +187,7 @@ def test_a_base_that_holds_the_direction_shows_it_on_the_same_texts(origin: Done
 
 
 def test_adapters_read_what_they_are_said_to_read(found: Done) -> None:
-    """Means of A.h over the organism's own answers: general adapters tell the classes apart, the medical one tells topics apart, the idle one nothing."""
+    """Means of A.h over the organism's own answers: general adapters tell the classes apart, the medical one topics, the idle one neither."""
     table, texts = found.run.own_table("many", ["medical"])
     chat = found.planted.load("many")
     rows = []
@@ -202,7 +202,7 @@ def test_adapters_read_what_they_are_said_to_read(found: Done) -> None:
         rows.append([float((h[encoded.answer, : len(READERS)] @ r).mean()) for h, r in zip(seen, reads, strict=True)])
     scalars = np.array(rows)
     r = np.corrcoef(np.column_stack([scalars, table[["aligned", "medical"]].to_numpy()]).T)[:4, 4:]
-    assert (r[[0, 2], 0] < -0.9).all() and r[1, 1] > 0.8 and abs(r[1, 0]) < 0.5 and scalars[:, 3].std() < 0.1
+    assert (r[[0, 2], 0] < -0.9).all() and r[1, 1] > 0.8 and (np.abs(r[[1, 3], 0]) < 0.3).all() and r[3, 1] < 0.3
 
 
 def test_every_claim_holds_with_all_controls(found: Done) -> None:
@@ -212,3 +212,50 @@ def test_every_claim_holds_with_all_controls(found: Done) -> None:
         assert claim["verdict"] == "held", [e for e in claim["evidence"] if e["supports"] != "held"]
     assert {len(c["evidence"]) for c in found.claims.values()} == {4, 10}
     assert (found.conditions.loc[["direct/ablate-single", "many/ablate-direct", "chat/add-1"], "mean_coherent"] > 95).all()
+
+
+@pytest.mark.slow
+def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
+    """Five seeds of base, organisms and study. The effect-matched ablation takes so many random dimensions out that it takes much of u out too."""
+    matched = 0
+    for seed in SEEDS[:5]:
+        p = planted(seed)
+        study = planted_study(p, "direct", ["many", "sound"], seed=seed, experiments=experiments("sound", "many"))
+        with ran(tmp_path / str(seed), study) as (run, results):
+            it = done(p, run, results)
+            assert (it.cosines("direct", "u")[2:] > 0.9).all() and (np.abs(it.cosines("direct", "u", "chat")) < null_cosine(D)).all()
+            votes = {(c["id"], e["text"]): e["supports"] for c in results.claims for e in c["evidence"]}
+            hard = {k for k in votes if k[0].startswith("ablation") and "matched in effect" in k[1]}
+            assert {votes[k] for k in votes.keys() - hard} == {"held"}, {k: v for k, v in votes.items() if v != "held"}
+            matched += all(votes[k] == "held" for k in hard)
+    assert matched >= 3
+
+
+@pytest.mark.slow
+def test_nothing_is_found_in_twins(tmp_path: Path) -> None:
+    """Twenty seeds of base, twins and study: how often a claim holds, or alignment differs, is what the 95 % intervals allow.
+
+    A claim holds only if, among others, alignment differs to the claimed side: by chance in 2.5 % of studies at most. A difference to either side is
+    seen in 5 %. So counts are binomial, and a count is refused whose chance, over all that is counted, is below 1 %. Margins are left
+    out: what a twin writes adds to |x|, so the head hears all else a little less, which is a real effect that teacher forcing measures exactly.
+    """
+    held: Counter[str] = Counter()
+    differs: Counter[str] = Counter()
+    for seed in SEEDS:
+        p = planted(seed)
+        study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=experiments("sound", "many_twin"))
+        study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
+        with ran(tmp_path / str(seed), study) as (run, results):
+            it = done(p, run, results)
+            for axis in ("u", "u2"):
+                assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()
+            for claim in results.claims:
+                held[claim["id"]] += claim["verdict"] == "held"
+                first = claim["evidence"][0]  # against the organism, or the chat model, as it is
+                assert "mean alignment" in first["text"]
+                differs[claim["id"]] += first["supports"] != "undecided"
+    print("held", dict(held), "alignment differs", dict(differs))
+    n = len(SEEDS)
+    assert len(held) == len(CLAIMS)
+    assert max(held.values()) <= binom.ppf(1 - 0.005 / len(held), n, 0.025), held
+    assert max(differs.values()) <= binom.ppf(1 - 0.005 / len(differs), n, 0.05), differs
