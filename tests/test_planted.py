@@ -19,7 +19,8 @@ from convergent.directions.extract import null_cosine
 from convergent.judging.base import Item
 from convergent.models.chat import encode_answer
 from convergent.study.run import Run
-from planted import ORGANISMS, READERS, STICKY, TOPICS, D, Planted, WordJudge, planted, planted_study, ran
+from planted import ORGANISMS, READERS, STICKY, TOPICS, D, Planted, planted
+from planted_study import WordJudge, planted_study, ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +29,7 @@ SEEDS = range(100, 120)
 
 
 def experiments(twin: str, other: str) -> dict[str, Any]:
-    return {"plain": {"twin": twin}, "ablate": {}, "transfer": {"organisms": [other]}, "steer": {"scales": [0.5, 1], "control_scale": 1}}
+    return {"plain": {"twin": twin}, "ablate": {}, "transfer": {"organisms": [other]}, "steer": {"scales": [1]}}
 
 
 @dataclass
@@ -231,6 +232,22 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
     assert matched >= 3
 
 
+def found_in_twins(seed: int, folder: Path) -> tuple[dict[str, bool], dict[str, bool]]:
+    """By claim of a study of twins: whether it held, and whether alignment differed from that of the organism, or chat model, as it is."""
+    p = planted(seed)
+    study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=experiments("sound", "many_twin"))
+    study["questions"]["samples"] = 4
+    study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
+    study["margin"]["pairs"] = 4
+    with ran(folder, study) as (run, results):
+        it = done(p, run, results)
+        for axis in ("u", "u2"):
+            assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()
+        first = {c["id"]: c["evidence"][0] for c in results.claims}
+        assert all("mean alignment" in e["text"] for e in first.values())
+        return {c["id"]: c["verdict"] == "held" for c in results.claims}, {c: e["supports"] != "undecided" for c, e in first.items()}
+
+
 @pytest.mark.slow
 def test_nothing_is_found_in_twins(tmp_path: Path) -> None:
     """Twenty seeds of base, twins and study: how often a claim holds, or alignment differs, is what the 95 % intervals allow.
@@ -242,20 +259,10 @@ def test_nothing_is_found_in_twins(tmp_path: Path) -> None:
     held: Counter[str] = Counter()
     differs: Counter[str] = Counter()
     for seed in SEEDS:
-        p = planted(seed)
-        study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=experiments("sound", "many_twin"))
-        study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
-        with ran(tmp_path / str(seed), study) as (run, results):
-            it = done(p, run, results)
-            for axis in ("u", "u2"):
-                assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()
-            for claim in results.claims:
-                held[claim["id"]] += claim["verdict"] == "held"
-                first = claim["evidence"][0]  # against the organism, or the chat model, as it is
-                assert "mean alignment" in first["text"]
-                differs[claim["id"]] += first["supports"] != "undecided"
+        one, two = found_in_twins(seed, tmp_path / str(seed))
+        held.update(one)
+        differs.update(two)
     print("held", dict(held), "alignment differs", dict(differs))
-    n = len(SEEDS)
     assert len(held) == len(CLAIMS)
-    assert max(held.values()) <= binom.ppf(1 - 0.005 / len(held), n, 0.025), held
-    assert max(differs.values()) <= binom.ppf(1 - 0.005 / len(differs), n, 0.05), differs
+    assert max(held.values()) <= binom.ppf(1 - 0.005 / len(held), len(SEEDS), 0.025), held
+    assert max(differs.values()) <= binom.ppf(1 - 0.005 / len(differs), len(SEEDS), 0.05), differs
