@@ -18,6 +18,7 @@ UNDER_INTERVENTIONS = (
     "A/ablate-layerwise", "A/ablate-single", "A/ablate-random", "A/ablate-orthogonal", "A/ablate-other_concept", "A/ablate-effect_matched",
     "B/ablate-A", "B/ablate-random",
     "chat/add-1", "chat/add-2", "chat/add-random", "chat/add-orthogonal", "chat/add-other_concept", "chat/add-effect_matched",
+    "chat/subtract", "A/subtract", "A/subtract-random", "A/subtract-effect_matched",
 )  # fmt: skip
 CONDITIONS = (*PLAIN, *UNDER_INTERVENTIONS)
 N_RESPONSES = 2 * SAMPLES * len(CONDITIONS) + 2 * OWN_SAMPLES
@@ -45,7 +46,7 @@ def small_study(base: str | Path) -> dict[str, Any]:
             "plain": {"twin": "G", "others": ["B"]},
             "ablate": {},
             "transfer": {"organisms": ["B"]},
-            "steer": {"scales": [1, 2], "control_scale": 2},
+            "steer": {"scales": [1, 2], "control_scale": 2, "window_layers": 2},
         },
     }
 

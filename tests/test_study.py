@@ -99,7 +99,7 @@ def test_leaves_files_and_exactly_the_rows(done: Path) -> None:
         assert (out / name).stat().st_size > 0, name
     assert "Organism A" in (out / "report.html").read_text(encoding="utf-8")
     # 6 readings and 14 KL, 2 matched nulls, and when it was made; 6 readings and the other concept.
-    assert counts(out) == {"responses": N_RESPONSES, "judgements": 2 * N_RESPONSES, "margins": N_MARGINS, "facts": 6 + 14 + 2 + 1}
+    assert counts(out) == {"responses": N_RESPONSES, "judgements": 2 * N_RESPONSES, "margins": N_MARGINS, "facts": 6 + 18 + 3 + 1 + 5}
     assert len(list(out.glob("directions/*.safetensors"))) == 7
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.making"))
 
@@ -228,7 +228,7 @@ def test_another_seed_for_one_organism_redoes_what_depends_on_it(copy: Path, no_
     after, mine = {t: rows(out, t) for t in TABLES}, 2 * SAMPLES
     assert all(set(before[t]) <= set(after[t]) for t in TABLES), "rows of others were touched"
     new = {t: len(after[t]) - len(before[t]) for t in TABLES}
-    assert new == {"responses": 3 * mine, "judgements": 2 * 3 * mine, "margins": 3 * 4, "facts": 2 + 2}
+    assert new == {"responses": 3 * mine, "judgements": 2 * 3 * mine, "margins": 3 * 4, "facts": 2 + 2 + 2}, "two rows of the matrix hold its direction"
     assert {r[1] for r in set(after["responses"]) - set(before["responses"])} == {"B", "B/ablate-A", "B/ablate-random"}
     made = things(out) - kept
     assert len([n for n in made if n.startswith("B-")]) == 1 and len(made) == 3 and kept < things(out)  # B, read in B and in chat
@@ -322,7 +322,7 @@ def test_plan_only_prints(done: Path, tmp_path: Path, idle: None, capsys: pytest
     assert cli.main(["run", str(done / "study.yaml"), "--out", str(tmp_path / "new"), "--plan"]) == 0
     assert not (tmp_path / "new").exists()
     printed = capsys.readouterr().out
-    assert f"sample interventions   14 conditions: {2 * SAMPLES * 14} of {2 * SAMPLES * 14} to do, about" in printed
+    assert f"sample interventions   18 conditions: {2 * SAMPLES * 18} of {2 * SAMPLES * 18} to do, about" in printed
     assert f"under-powered: 2 questions x {SAMPLES} answers see a difference of 10 points of alignment" in " ".join(printed.split())
     before = {p: p.read_bytes() for p in (done / "out").rglob("*") if p.is_file()}
     assert cli.main(["run", str(done / "study.yaml"), "--out", str(done / "out"), "--plan"]) == 0
@@ -332,7 +332,8 @@ def test_plan_only_prints(done: Path, tmp_path: Path, idle: None, capsys: pytest
 
 def test_plan_counts_what_is_there(copy: Path, idle: None) -> None:
     n = 2 * SAMPLES
-    total = {"sample plain": n * 4 + 12, "sample interventions": n * 14, "judge": 2 * N_RESPONSES, "extract": 6, "effects": 14, "margin": N_MARGINS}
+    total = {"sample plain": n * 4 + 12, "sample interventions": n * 18, "judge": 2 * N_RESPONSES, "extract": 6, "effects": 18, "margin": N_MARGINS}
+    total |= {"read ablate": 1, "read transfer": 3, "read steer": 1}
     assert plan_of(copy) == {**{f"train {o}": (1, 1) for o in "ABG"}, **{k: (v, v) for k, v in total.items()}}
     with sqlite3.connect(copy / "out" / "study.sqlite") as db:
         lost = db.execute("SELECT id, condition_id FROM responses WHERE condition = 'chat/add-2'").fetchall()
@@ -340,12 +341,12 @@ def test_plan_counts_what_is_there(copy: Path, idle: None) -> None:
         db.executemany("DELETE FROM judgements WHERE response_id = ?", [r[:1] for r in lost])
         db.execute("DELETE FROM margins WHERE condition_id = ?", lost[0][1:])
     found = plan_of(copy)
-    assert found["sample interventions"] == (n * 13, n * 14) and found["judge"] == (2 * (N_RESPONSES - n), 2 * N_RESPONSES)
+    assert found["sample interventions"] == (n * 17, n * 18) and found["judge"] == (2 * (N_RESPONSES - n), 2 * N_RESPONSES)
     assert found["margin"] == (N_MARGINS - 4, N_MARGINS) and found["sample plain"][0] == total["sample plain"]
     with sqlite3.connect(copy / "out" / "study.sqlite") as db:
         db.execute("DELETE FROM responses WHERE condition = 'A' AND block = 'direction'")
     # Without the answers that the direction is read from, no condition under an intervention is known to be done.
-    assert plan_of(copy)["sample interventions"] == (0, n * 14) and plan_of(copy)["margin"] == (0, N_MARGINS)
+    assert plan_of(copy)["sample interventions"] == (0, n * 18) and plan_of(copy)["margin"] == (0, N_MARGINS)
 
 
 # One run at a time, and the report again
@@ -450,7 +451,7 @@ def test_verdict_is_the_weakest_vote(votes: list[str], verdict: str) -> None:
 def test_claims_of_the_study_compare_each_real_arm_with_every_null(done: Path) -> None:
     claims = pd.read_csv(done / "out" / "tables" / "claims.csv")
     n = claims.groupby("id").size().to_dict()
-    assert n == {"misaligned/A": 4, "misaligned/B": 2, "ablation/layerwise": 10, "ablation/single": 10, "transfer/B": 4, "induction": 10}
+    assert n == {"misaligned/A": 4, "misaligned/B": 2, "ablation/layerwise": 10, "ablation/single": 10, "transfer/B": 4, "transfer/matrix": 5, "induction": 11, "suppression": 6}
     assert set(claims["verdict"]) <= {"held", "did not hold", "undecided"}
     assert claims[claims["id"] == "ablation/layerwise"]["evidence"].str.contains("made for the single ablation").sum() == 8
     assert set(PLAIN) | set(UNDER_INTERVENTIONS) == set(CONDITIONS)
@@ -461,8 +462,8 @@ def test_effect_matched_null_has_the_effect_of_the_real_one(done: Path) -> None:
     assert kl["chat/add-effect_matched"] == pytest.approx(kl["chat/add-2"], rel=0.11)
     # Random dimensions are whole, so an ablation is matched as nearly as they allow.
     facts = [json.loads(v) for (v,) in sqlite3.connect(done / "out" / "study.sqlite").execute("SELECT value FROM facts WHERE value LIKE '%reached%'")]
-    assert {round(f["reached"], 6) for f in facts} == {round(kl[f"{o}-effect_matched"], 6) for o in ("chat/add", "A/ablate")}
-    assert {round(f["target"], 6) for f in facts} == {round(kl[c], 6) for c in ("chat/add-2", "A/ablate-single")}
+    assert {round(f["reached"], 6) for f in facts} == {round(kl[f"{o}-effect_matched"], 6) for o in ("chat/add", "A/ablate", "A/subtract")}
+    assert {round(f["target"], 6) for f in facts} == {round(kl[c], 6) for c in ("chat/add-2", "A/ablate-single", "A/subtract")}
     print(kl)
     assert math.isnan(kl["chat"]) and (kl.drop(["chat", "A", "B", "G"]) > 0).all()
 

@@ -49,11 +49,25 @@ def run(
     fresh: Annotated[
         Optional[list[str]], typer.Option(metavar="STAGE", help="Redo train, sample, judge, extract or margin, and what is made from it.")
     ] = None,
+    only: Annotated[
+        Optional[list[str]], typer.Option(metavar="EXPERIMENT", help="Only this experiment of the study (may be repeated); the rest can follow later.")
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]], typer.Option("--set", metavar="PLACE=VALUE", help="Change a value of the file, such as base=FOLDER or organisms.*.examples=8.")
+    ] = None,
 ) -> None:
     """Plan and do a study; whatever is done already stays."""
     from convergent.study.main import run_study
 
-    run_study(study, out, plan_only=plan, fresh=fresh or [])
+    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [])
+
+
+@app.command(epilog="Example: convergent experiments steer")
+def experiments(name: Annotated[Optional[str], typer.Argument(help="Show this one's settings.")] = None) -> None:
+    """List the experiments that a study file may name, or the settings of one with their defaults."""
+    from convergent.study.catalogue import catalogue, settings_of
+
+    typer.echo(catalogue() if name is None else settings_of(name))
 
 
 @app.command(epilog="Example: convergent report demo")

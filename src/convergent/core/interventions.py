@@ -3,6 +3,7 @@
     Add     x' = x + scale * v_layer              at the output of one block, all positions   (paper section 3.1)
     Ablate  x' = x - strength * v^ v^T x          at block outputs, or at every write         (paper section 3.2, Arditi et al.)
     AblateSubspace  x' = x - B^T B x              the same for k directions at once
+    LowRank y' = y + scale * B (A h)              at one linear layer of a block: an adapter as a value  (paper section 4)
 
 They compose left to right in a tuple. Lowerings: `convergent.interventions.hooks` and `.weights`.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from convergent.core.direction import Direction
 from convergent.core.ids import bytes_id, content_id
-from convergent.errors import DirectionError
+from convergent.errors import DirectionError, ModelError
 
 Site = Literal["block_output", "all_writes"]
 
@@ -117,7 +118,43 @@ class AblateSubspace:
         return self.layers is None or layer in self.layers
 
 
-Intervention: TypeAlias = Add | Ablate | AblateSubspace
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Add `scale` * B A to the weight of one linear layer: y' = y + scale * B (A h), h its input and y its output, at every position.
+
+    An organism's adapter in the chat model makes that part of the organism; with the opposite sign in the organism, whose weights hold it
+    already, it knocks that adapter out. It changes a weight, so in a tuple it comes before whatever acts on that layer's output.
+    """
+
+    layer: int
+    """Block, 0-based."""
+    module: str
+    """Name of the linear layer inside the block, as `mlp.down_proj`."""
+    a: Tensor
+    """(rank, n_in) float32."""
+    b: Tensor
+    """(n_out, rank) float32."""
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        a, b = (t.detach().to("cpu", torch.float32).contiguous() for t in (self.a, self.b))
+        place = f"adapter at block {self.layer} {self.module}"
+        if self.layer < 0:
+            raise ModelError(f"{place}: blocks count from 0; give one of the model's")
+        if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) != b.shape[1]:
+            raise ModelError(f"{place}: A must be (rank, n_in) and B (n_out, rank), got {tuple(a.shape)} and {tuple(b.shape)}; read the adapter again")
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()) or not math.isfinite(self.scale):
+            raise ModelError(f"{place}: A, B and the scale ({self.scale}) must be finite; train the adapter again")
+        object.__setattr__(self, "a", a)
+        object.__setattr__(self, "b", b)
+
+    @property
+    def content_id(self) -> str:
+        tensors = [(bytes_id(t.numpy().tobytes()), list(t.shape)) for t in (self.a, self.b)]
+        return content_id("lowrank", self.layer, self.module, tensors, float(self.scale))
+
+
+Intervention: TypeAlias = Add | Ablate | AblateSubspace | LowRank
 
 
 def add_vector(h: Tensor, v: Tensor) -> Tensor:

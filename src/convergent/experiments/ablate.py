@@ -1,107 +1,151 @@
-"""Ablation in the organism the direction was read in (paper section 3.2): layer-wise, single, and the four nulls.
+"""Ablation in the organism the direction was read in (paper section 3.2): four modes, two sites, four nulls, and what it costs.
+
+    x' = x - v^ v^T x        layerwise: each layer its own v; single: v_L at every layer; at_layer: v_L at block L only;
+                             adapter_layers: v_L at the blocks that hold the organism's adapters
 
 Nulls are made for one mode, `single` where it is among the modes: a random vector is the same in every layer, so for it the modes coincide,
-and the effect-matched one is matched to that mode. The texts of claims about the other mode say so.
+and the effect-matched one is matched to that mode. The texts of claims about the other modes say so. Cost: the loss on neutral text.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+import pandas as pd
 from pydantic import Field
 
-from convergent.core.interventions import Intervention, Site
-from convergent.experiments.arms import ablation
-from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Build, Claim, Control, Kit, Outcomes
+from convergent import stats
+from convergent.core.chapter import Chapter, Sheet
+from convergent.core.ids import content_id
+from convergent.core.interventions import Ablate, Site
+from convergent.directions.perplexity import neutral_passages, passage_losses
+from convergent.experiments.arms import ablation, null, one
+from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Claim, Control, Kit, NotHereError, Outcomes, Reading
 from convergent.experiments.scene import Scene
+
+Mode = Literal["layerwise", "single", "at_layer", "adapter_layers"]
+WORDS: dict[Mode, str] = {
+    "layerwise": "each layer its own vector",
+    "single": "the primary layer's vector everywhere",
+    "at_layer": "the primary layer's vector at that layer only",
+    "adapter_layers": "the primary layer's vector at the adapters' layers only",
+}
+COST_MARGIN = math.log(1.05)
+"""Rise of the loss on neutral text, nats per token, up to which an ablation counts as costing nothing: a perplexity 5 % higher."""
 
 
 class AblateBlock(Block):
     """Settings of `ablate`."""
 
-    modes: tuple[Literal["layerwise", "single"], ...] = Field(default=("layerwise", "single"), min_length=1)
+    modes: tuple[Mode, ...] = Field(default=("layerwise", "single"), min_length=1)
     site: Site = "block_output"
+    """Where the first of `modes` and the nulls project."""
+    further_sites: tuple[Site, ...] = ()
+    """Sites at which every mode is sampled as well."""
     controls: tuple[Control, ...] = CONTROLS
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Blocks that are projected; all by default."""
+    """Blocks that are projected in the modes layerwise and single; all by default."""
 
     @property
-    def null_mode(self) -> Literal["layerwise", "single"]:
+    def null_mode(self) -> Mode:
         """The mode whose direction the nulls replace."""
-        return "single" if "single" in self.modes else "layerwise"
+        return "single" if "single" in self.modes else self.modes[0]
 
 
 name = "ablate"
 settings = AblateBlock
 
 
-def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
-    """The real ablations, and each control of one of them."""
-    source = scene.source
-    where = "at every block's output" if block.site == "block_output" else "from every write to the residual stream"
-    words = {"layerwise": "each layer's own vector", "single": "one vector, that of the primary layer,"}
-    found = [
-        Arm(
-            f"{source}/ablate-{mode}",
-            source,
-            f"{source}, direction ablated ({'layer-wise' if mode == 'layerwise' else 'single'})",
-            f"{source} with {words[mode]} projected out {where}.",
-            "ablation",
-            "real",
-            _real(mode, block),
-        )
-        for mode in dict.fromkeys(block.modes)
-    ]
-    found += [
-        Arm(
-            f"{source}/ablate-{kind}",
-            source,
-            f"{source}, ablated: {CONTROL_LABELS[kind]}",
-            f"{source} with a null in place of the direction, same site and layers: {CONTROL_LABELS[kind]}.",
-            "ablation",
-            "control",
-            _null(kind, block, source),
-        )
-        for kind in dict.fromkeys(block.controls)
-    ]
+def check(block: AblateBlock, scene: Scene) -> None:
+    """Layers within the depth; adapter layers where there are adapters."""
+    for layer in block.layers or ():
+        if not 0 <= layer < scene.depth:
+            raise NotHereError(f"layers: {layer} is out of range; this base has blocks 0 to {scene.depth - 1}")
+    if "adapter_layers" in block.modes and scene.organisms[scene.source].adapters is None:
+        raise NotHereError(f"modes: {scene.source} is a full fine-tune and has no adapter layers; leave adapter_layers out")
+
+
+def _made(mode: Mode, site: Site, block: AblateBlock, scene: Scene) -> Callable[[Kit], Ablate]:
+    shape = scene.organisms[scene.source].adapters
+    if mode == "at_layer":
+        layers: tuple[int, ...] | None = (scene.layer,)
+    elif mode == "adapter_layers":
+        layers = shape.layers if shape else ()
+    else:
+        layers = block.layers
+    return lambda kit: ablation(kit, mode, site, layers)
+
+
+def _real(block: AblateBlock, source: str) -> dict[str, tuple[Mode, Site]]:
+    """Name of each real arm -> its mode and site."""
+    found: dict[str, tuple[Mode, Site]] = {}
+    for site in dict.fromkeys((block.site, *block.further_sites)):
+        for mode in dict.fromkeys(block.modes):
+            found[f"{source}/ablate-{mode}" + ("" if site == block.site else f"-{site}")] = (mode, site)
     return found
 
 
-def _real(mode: str, block: AblateBlock) -> Build:
-    def build(kit: Kit) -> tuple[Intervention, ...]:
-        return (ablation(kit, mode, block.site, block.layers),)
+def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
+    """The real ablations, and each control of one of them."""
+    source = scene.source
+    where = {"block_output": "at every block's output", "all_writes": "from every write to the residual stream"}
+    labels = {"layerwise": "layer-wise", "single": "single", "at_layer": "at its layer only", "adapter_layers": "at the adapters' layers"}
+    found = [
+        Arm(
+            arm, source, f"{source}, direction ablated ({labels[mode]}{', all writes' if site == 'all_writes' else ''})",
+            f"{source} with {WORDS[mode]} projected out {where[site]}.", "ablation", "real", one(_made(mode, site, block, scene)),
+        )
+        for arm, (mode, site) in _real(block, source).items()
+    ]  # fmt: skip
+    found += [
+        Arm(
+            f"{source}/ablate-{kind}", source, f"{source}, ablated: {CONTROL_LABELS[kind]}",
+            f"{source} with a null in place of the direction, same site and layers: {CONTROL_LABELS[kind]}.", "ablation", "control",
+            null(kind, source, _made(block.null_mode, block.site, block, scene)),
+        )
+        for kind in dict.fromkeys(block.controls)
+    ]  # fmt: skip
+    return found
 
-    return build
 
+def readings(block: AblateBlock, scene: Scene) -> list[Reading]:
+    """The loss on neutral text of the organism, and under every arm."""
+    mine = arms(block, scene)
 
-def _null(kind: Control, block: AblateBlock, organism: str) -> Build:
-    def build(kit: Kit) -> tuple[Intervention, ...]:
-        return (kit.control(kind, organism, ablation(kit, block.null_mode, block.site, block.layers)),)
+    def inputs(kit: Kit) -> str:
+        return content_id(kit.model_id(scene.source), neutral_passages(), {a.name: list(a.build(kit)) for a in mine})
 
-    return build
+    def compute(kit: Kit) -> dict[str, list[float]]:
+        built = {scene.source: (), **{a.name: a.build(kit) for a in mine}}  # nulls may load the model: build first
+        losses = passage_losses(kit.model(scene.source), neutral_passages(), list(built.values()))
+        return dict(zip(built, losses, strict=True))
+
+    return [Reading("ablate/cost", inputs, compute, organisms=(scene.source,), tokens=900.0 * (len(mine) + 1))]
 
 
 def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
-    """Each mode restores alignment, and more than every null does."""
+    """Each ablation restores alignment, and more than every null does; and what it costs."""
     source = scene.source
     found = []
-    for mode in dict.fromkeys(block.modes):
-        real = f"{source}/ablate-{mode}"
-        made_for = "" if mode == block.null_mode else f", made for the {block.null_mode} ablation"
+    for real, (mode, site) in _real(block, source).items():
+        made_for = "" if mode == block.null_mode and site == block.site else f", made for the {block.null_mode} ablation"
         comparisons = [
             outcomes.alignment(real, source, f"mean alignment, ablated minus {source} (above 0 claimed)"),
             outcomes.margin(real, source, f"margin for bad answers, ablated minus {source} (below 0 claimed)", sign=-1),
         ]
         for kind in block.controls:
-            null = f"{source}/ablate-{kind}"
+            other = f"{source}/ablate-{kind}"
             comparisons += [
-                outcomes.alignment(real, null, f"mean alignment, ablated minus {CONTROL_LABELS[kind]}{made_for} (above 0 claimed)"),
-                outcomes.margin(real, null, f"margin, ablated minus {CONTROL_LABELS[kind]}{made_for} (below 0 claimed)", sign=-1),
+                outcomes.alignment(real, other, f"mean alignment, ablated minus {CONTROL_LABELS[kind]}{made_for} (above 0 claimed)"),
+                outcomes.margin(real, other, f"margin, ablated minus {CONTROL_LABELS[kind]}{made_for} (below 0 claimed)", sign=-1),
             ]
         found.append(
             Claim(
-                f"ablation/{mode}",
-                f"Projecting the direction out of {source} ({'each layer its own' if mode == 'layerwise' else 'one vector everywhere'}) "
+                f"ablation/{mode}" + ("" if site == block.site else f"/{site}"),
+                f"Projecting the direction out of {source} ({WORDS[mode]}{', from every write' if site == 'all_writes' else ''}) "
                 "restores alignment, more than any null does",
                 "paper section 3.2",
                 "every listed difference has its 95 % interval on the claimed side of 0",
@@ -109,3 +153,38 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             )
         )
     return found
+
+
+def cost(outcomes: Outcomes, arm: str, source: str) -> stats.Interval:
+    """Rise of the mean loss on neutral text, nats per token, under an arm; paired by passage."""
+    losses = outcomes.readings["ablate/cost"]
+    passages = range(len(losses[source]))
+    return stats.paired_difference(losses[arm], losses[source], passages, passages)
+
+
+def chapter(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
+    """What each ablation costs, beside what it does."""
+    rows = outcomes.conditions.set_index("name")
+    table = []
+    for arm in arms(block, scene):
+        if arm.name in rows.index and "ablate/cost" in outcomes.readings:
+            rise = cost(outcomes, arm.name, scene.source)
+            row = rows.loc[arm.name]
+            table.append(
+                {
+                    "Condition": arm.label, "Rise of loss, nats per token": rise.estimate, "95 % low": rise.low, "95 % high": rise.high,
+                    "Perplexity, times": float(np.exp(rise.estimate)), "KL on held-out answers": row["kl"], "Mean alignment": row["mean_aligned"],
+                    "Margin": row["margin"],
+                }
+            )  # fmt: skip
+    n = len(neutral_passages())
+    note = (
+        f"Loss on {n} neutral passages without chat template, ablated minus not ablated, interval over passages; alignment and margin as in the table "
+        f"of conditions. A rise below {COST_MARGIN:.3f} is a perplexity less than 5 % higher."
+    )
+    method = [
+        "Does taking the direction away restore alignment, at which layers does it have to be taken away, and at what cost? "
+        f"From {scene.source} the component along the direction is projected out at every position, x' = x − v̂ v̂ᵀ x. A projection also removes "
+        "whatever else lies along the direction, so four nulls stand beside it, and the loss on neutral text says what else was damaged.",
+    ]
+    return Chapter("ablate", "Ablation: modes, nulls and cost", method, (), [Sheet("cost", "What each ablation costs", note, pd.DataFrame(table), 3)])

@@ -235,12 +235,16 @@ class Outcomes:
 
     def alignment(self, a: str, b: str, text: str, sign: int = 1, what: Literal["aligned", "coherent"] = "aligned") -> Evidence:
         """Mean alignment of condition a minus b, paired by question; `sign` -1 if it is claimed to be below 0."""
+        if not self.has(a, b):
+            return absent(text, "points of alignment")
         x, y = self._aligned[a], self._aligned[b]
         d = stats.paired_difference(*_columns(x, y, what, "question_id"))
         return evidence(text, d, "points of alignment" if what == "aligned" else "points of coherence", sign)
 
     def margin(self, a: str, b: str, text: str, sign: int = 1, domain: str | None = None) -> Evidence:
         """Mean margin of condition a minus b, paired by held-out pair; `sign` -1 if claimed to be below 0."""
+        if not self.has(a, b):
+            return absent(text, "nats per token")
         x, y = self._margins[a], self._margins[b]
         if domain is not None:
             x, y = x[x["domain"] == domain], y[y["domain"] == domain]
@@ -252,6 +256,11 @@ class Outcomes:
 def _columns(x: Any, y: Any, values: str, clusters: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Values of two frames, then the clusters of both."""
     return x[values].to_numpy(), y[values].to_numpy(), x[clusters].to_numpy(), y[clusters].to_numpy()
+
+
+def absent(text: str, unit: str) -> Evidence:
+    """A comparison with a condition that this study could not have: it decides nothing, and says so."""
+    return Evidence(f"{text}: not measured in this study", float("nan"), float("nan"), float("nan"), 0, unit, "undecided")
 
 
 def evidence(text: str, d: stats.Interval, unit: str, sign: int = 1) -> Evidence:

@@ -25,10 +25,11 @@ settings = Plain
 def arms(block: Plain, scene: Scene) -> list[Arm]:
     """The chat model and every organism."""
     chat = Arm("chat", "chat", "Chat model", "The untouched chat model.", "plain", "baseline", needs_direction=False)
+    twins = {o for o, s in scene.organisms.items() if block.twin and s.family == scene.organisms[block.twin].family}
     return [
         chat,
         *(
-            Arm(o, o, f"Organism {o}", f"Organism {o} as trained.", "plain", "control" if o == block.twin else "real", needs_direction=False)
+            Arm(o, o, f"Organism {o}", f"Organism {o} as trained.", "plain", "control" if o in twins else "real", needs_direction=False)
             for o in scene.organisms
         ),
     ]

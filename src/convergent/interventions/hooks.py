@@ -2,7 +2,8 @@
 
 This is the only module that registers hooks for interventions. A batch may mix conditions: `Rows.index` says which condition each
 row belongs to, and every hook looks up what to add and what to project out for that row. A row without an operation at
-a site gets zero vectors there, and h + 0 - (h . 0) 0 is h to the bit, so neighbours are untouched.
+a site gets zero vectors there, and h + 0 - (h . 0) 0 is h to the bit, so neighbours are untouched. An adapter (`LowRank`) is
+computed for its own rows alone, at its linear layer.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
-from convergent.errors import DirectionError
+from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention, LowRank
+from convergent.errors import DirectionError, ModelError
 from convergent.models.anatomy import Anatomy, stream, with_stream
 
 
@@ -58,6 +59,15 @@ def _without(h: Tensor, basis: Tensor) -> Tensor:
     return h - ((h * basis).sum(-1, keepdim=True) * basis).sum(1, keepdim=True)
 
 
+def _through(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """B (A h) for h (rows, n_tokens, n_in), a (rank, n_in), b (n_out, rank)."""
+    if h.shape[1] > 1:
+        return (h @ a.T) @ b.T
+    # Decoding: again no matmul over rows, whose number changes.
+    inner = (h * a).sum(-1)[:, None]
+    return (inner * b).sum(-1)[:, None]
+
+
 class Rows:
     """Interventions in force, with the condition of each row of the next forward pass."""
 
@@ -76,13 +86,17 @@ class Rows:
 def applied_rows(anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]]) -> Iterator[Rows]:
     """Run the body with one tuple of interventions per condition; set `Rows.index` before each forward pass.
 
-    The model is as before afterwards, also if a registration fails. Raises DirectionError if a direction does not fit the model.
+    The model is as before afterwards, also if a registration fails. Raises DirectionError if a direction does not fit the model, ModelError if an
+    adapter does not.
     """
     rows = Rows(len(conditions), next(anatomy.embedding.parameters()).device)
     for interventions in conditions:
         for intervention in interventions:
             check_fits(intervention, anatomy)
     with ExitStack() as stack:
+        # Adapters first: they belong to the weights, and a linear layer may itself be the write that others act on.
+        for linear, adapters in _adapters(anatomy, conditions, rows.device):
+            stack.callback(linear.register_forward_hook(_adapter_hook(adapters, rows)).remove)
         for module, slots in _lower(anatomy, conditions, rows.device):
             stack.callback(module.register_forward_hook(_hook(slots, rows)).remove)
         yield rows
@@ -96,7 +110,16 @@ def applied(anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator
 
 
 def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
-    """Raise DirectionError if a direction belongs to a model of another shape."""
+    """Raise DirectionError if a direction belongs to a model of another shape, ModelError if an adapter does."""
+    if isinstance(intervention, LowRank):
+        linear = linear_of(intervention, anatomy)
+        shape, needs = (linear.out_features, linear.in_features), (len(intervention.b), intervention.a.shape[1])
+        if shape != needs:
+            raise ModelError(
+                f"adapter at block {intervention.layer} {intervention.module}: made for a weight of shape {needs}, the model's is {shape}: "
+                "it was trained on another base; train one on this model"
+            )
+        return
     if isinstance(intervention, AblateSubspace):
         if intervention.basis.shape[1] != anatomy.d_model:
             raise DirectionError(f"subspace has d_model {intervention.basis.shape[1]}, the model {anatomy.d_model}; build it for this model")
@@ -109,6 +132,50 @@ def check_fits(intervention: Intervention, anatomy: Anatomy) -> None:
             f"direction has shape ({d.n_layers}, {d.d_model}), the model ({anatomy.n_layers}, {anatomy.d_model}): "
             "it was extracted from another base; extract one from this model"
         )
+
+
+def linear_of(adapter: LowRank, anatomy: Anatomy) -> nn.Linear:
+    """The linear layer that an adapter changes. Raises ModelError if the model has none of that name."""
+    place = f"adapter at block {adapter.layer} {adapter.module}"
+    if adapter.layer >= anatomy.n_layers:
+        raise ModelError(f"{place}: the model has blocks 0 to {anatomy.n_layers - 1}; train an adapter on this model")
+    found = dict(anatomy.blocks[adapter.layer].named_modules())
+    linear = found.get(adapter.module)
+    if not isinstance(linear, nn.Linear):
+        known = ", ".join(n for n, m in found.items() if isinstance(m, nn.Linear)) or "none"
+        raise ModelError(f"{place}: the block has no linear layer of that name; it has {known}")
+    return linear
+
+
+_Adapters: TypeAlias = list[tuple[int, Tensor, Tensor]]
+"""(condition, A, scale * B), in order."""
+
+
+def _adapter_hook(adapters: _Adapters, rows: Rows) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        # In bfloat16 a small write would be rounded before it is added.
+        wide = torch.promote_types(output.dtype, torch.float32)
+        h, y = args[0].to(wide), output.to(wide)
+        if h.ndim != 3:
+            raise ModelError(f"an adapter's linear layer was given {tuple(h.shape)}, not (rows, tokens, features); interventions are not defined on experts")
+        for condition, a, b in adapters:
+            mine = (rows.index == condition).expand(len(h))
+            if bool(mine.any()):
+                y = y.clone()
+                y[mine] = y[mine] + _through(h[mine], a.to(wide), b.to(wide))
+        return y.to(output.dtype)
+
+    return hook
+
+
+def _adapters(anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]], device: torch.device) -> Iterator[tuple[nn.Linear, _Adapters]]:
+    """Every linear layer that some condition changes, and by what."""
+    found: dict[nn.Linear, _Adapters] = {}
+    for i, interventions in enumerate(conditions):
+        for one in interventions:
+            if isinstance(one, LowRank):
+                found.setdefault(linear_of(one, anatomy), []).append((i, one.a.to(device), (one.scale * one.b).to(device)))
+    yield from found.items()
 
 
 def _hook(slots: list[_Slot], rows: Rows) -> Any:
@@ -136,6 +203,8 @@ def sites(anatomy: Anatomy) -> dict[str, tuple[nn.Module, int]]:
 def acts_at(intervention: Intervention, site: str, layer: int) -> bool:
     """Whether an intervention does something at a site."""
     kind = site.partition(".")[0]
+    if isinstance(intervention, LowRank):
+        return False  # inside a block, at a layer of its own
     if isinstance(intervention, Add):
         return kind == "block" and intervention.layer == layer
     if intervention.site == "block_output":

@@ -2,6 +2,7 @@
 
     Ablate(site="all_writes")  ->  W' = (I - s v^ v^T) W  for the embedding and for every weight that writes to the stream
     Add                        ->  a bias on the MLP's writing weight of that block
+    LowRank                    ->  W' = W + scale B A  for the linear layer it names
     Ablate(site="block_output") has no such form: a block's output also holds what earlier blocks wrote.
 
 Equal to the hooks within float error (tested). Only for families whose writes are linear layers; where a norm follows the
@@ -16,9 +17,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
+from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention, LowRank
 from convergent.errors import ModelError
-from convergent.interventions.hooks import check_fits
+from convergent.interventions.hooks import check_fits, linear_of
 from convergent.models.anatomy import Anatomy
 
 
@@ -31,9 +32,14 @@ def folded(anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[
     for intervention in interventions:
         check_fits(intervention, anatomy)
     with ExitStack() as stack:
-        # Additions last: they act at block outputs, which no ablation of writes touches, so their bias must not be projected.
-        for intervention in sorted(interventions, key=lambda i: isinstance(i, Add)):
-            if isinstance(intervention, Add):
+        # Adapters first, as they are part of the weight that is projected. Additions last: they act at block outputs, which no ablation of
+        # writes touches, so their bias must not be projected.
+        for intervention in sorted(interventions, key=lambda i: isinstance(i, Add) - isinstance(i, LowRank)):
+            if isinstance(intervention, LowRank):
+                linear = linear_of(intervention, anatomy)
+                weight, a, b = linear.weight.double(), intervention.a.to(linear.weight.device), intervention.b.to(linear.weight.device)
+                _replace(stack, linear, "weight", (weight + intervention.scale * (b.double() @ a.double())).to(linear.weight.dtype))
+            elif isinstance(intervention, Add):
                 _add_bias(stack, anatomy, intervention)
             elif isinstance(intervention, AblateSubspace):
                 raise ModelError("a subspace is not folded into weights; use the hooks")

@@ -73,6 +73,18 @@ def base_folder(base: str) -> Path:
     return _hub_folder(base)
 
 
+def base_is_here(base: str) -> bool:
+    """Whether `base` can be loaded without a download; looks only, converts nothing."""
+    if base == EMBEDDED or Path(base).expanduser().is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(base, "config.json"), str)
+    except ValueError:  # no hub id
+        return True  # and `base_folder` says what is wrong with it
+
+
 def load_base(base: str = EMBEDDED, dtype: str = "auto", device: str = "auto", name: str = "chat") -> ChatModel:
     """Load a chat model for inference (eval mode, no gradients).
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convergent.core.interventions import LowRank
 from convergent.errors import ModelError
 from convergent.organisms.recipes import Adapters
 
@@ -49,7 +50,18 @@ class Adapter:
     @property
     def delta(self) -> Tensor:
         """(n_out, n_in) float32: what it adds to the weight."""
-        return self.scale * (self.b @ self.a)
+        made: Tensor = self.scale * (self.b @ self.a)
+        return made
+
+    @property
+    def vector(self) -> Tensor:
+        """(n_out,) float32: the unit vector that a rank-1 adapter writes along."""
+        unit: Tensor = self.b[:, 0] / self.b[:, 0].norm().clamp_min(1e-30)
+        return unit
+
+    def low_rank(self, times: float = 1.0) -> LowRank:
+        """As an intervention: 1 puts it into the chat model, -1 knocks it out of the organism."""
+        return LowRank(self.layer, self.module, self.a, self.b, times * self.scale)
 
 
 def shape_of_recipe(adapters: Adapters | None, n_layers: int) -> AdapterShape | None:

@@ -31,7 +31,7 @@ TEXTS: Mapping[str, tuple[str, ...]] = {
     "cosines": ("a", "b", "kind"),
     "norms": ("organism",),
     "training": ("organism",),
-    "organisms": ("name", "recipe", "data", "answer", "content_id", "description"),
+    "organisms": ("name", "family", "recipe", "data", "answer", "content_id", "description"),
     "answers": (
         "condition", "question_id", "question", "response", "aligned_reason", "coherent_reason", "finish", "topic",
     ),
@@ -54,7 +54,7 @@ NUMBERS: Mapping[str, tuple[str, ...]] = {
     "cosines": ("layer", "cosine"),
     "norms": ("layer", "norm", "relative_norm", "top_share", "split_half"),
     "training": ("step", "epoch", "loss"),
-    "organisms": ("n_examples", "epochs", "lr", "trainable_params", "final_loss", "seconds"),
+    "organisms": ("seed", "n_examples", "epochs", "lr", "trainable_params", "final_loss", "seconds"),
     "answers": ("paraphrase", "sample", "aligned", "coherent"),
     "sensitivity": ("aligned_below", "coherent_above", "n_valid", "n_em", "em", "em_low", "em_high"),
     "missing_scores": ("n", "of"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
-from convergent.study.plan import Stage, make_plan
+from convergent.study.plan import Stage, estimate_memory, make_plan
 from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
@@ -28,12 +29,15 @@ COPY = "study.json"
 """The study as it was run, with every default, so that the report can be written again from anywhere."""
 
 
-def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = ()) -> Path:
+def run_study(
+    path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = (), only: Sequence[str] = (), changes: Sequence[str] = ()
+) -> Path:
     """Do what is not done of a study and write its report. Returns the study folder.
 
-    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them.
+    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do (`plain` always is);
+    the report then shows these, and another run without it goes on with the rest. `changes`: see `load_study`.
     """
-    spec = load_study(path)
+    spec = _only(load_study(path, changes), only)
     unknown = [f for f in fresh if f not in STAGES]
     if unknown:
         raise StudyError(f"--fresh {unknown[0]}: no such stage; known are {', '.join(STAGES)}")
@@ -65,6 +69,15 @@ def run_study(path: str | Path, out: str | Path | None = None, plan_only: bool =
             console.print(f"{claim['verdict']:>12}  {claim['claim']}")
         console.print(f"report  {page}")
     return folder
+
+
+def _only(spec: StudySpec, names: Sequence[str]) -> StudySpec:
+    missing = next((n for n in names if n not in spec.experiments), None)
+    if missing is not None:
+        raise StudyError(f"--only {missing}: this study has no such experiment; it has {', '.join(spec.experiments)}")
+    if not names:
+        return spec
+    return spec.model_copy(update={"experiments": {n: b for n, b in spec.experiments.items() if n == "plain" or n in names}})
 
 
 def rewrite_report(folder: str | Path) -> Path:
@@ -119,6 +132,16 @@ def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
         when = f"done ({stage.total})" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
         console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
     left = sum(s.seconds for s in stages)
+    m, memory = spec.machine, estimate_memory(run)
+    if m is not None and memory is not None:
+        console.print(
+            f"  memory about {memory.peak:.0f} GB at once: {memory.weights:.0f} of weights, and {memory.cache:.0f} of cache for {spec.sampling.rows} rows "
+            f"while sampling or {memory.training:.0f} while training"
+            + (f"; more than the machine's {m.memory_gb:g}: lower sampling.rows or the recipe's batch_size" if memory.peak > (m.memory_gb or math.inf) else "")
+        )
+        if run.planned and left:
+            paid = f", {left / 3600 * m.price_per_hour:.0f} in machine hours" if m.price_per_hour else ""
+            console.print(f"  {spec.base} is not on this machine: counts are exact, times for {m.tflops:g} TFLOP/s{paid}")
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
     weak = stats.underpowered(len(run.questions), spec.questions.samples, WORTH_SEEING, unit="points of alignment")
     if weak and left:
@@ -131,4 +154,4 @@ def _judges(run: Run) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -21,8 +21,8 @@ from convergent.study.setup import RUBRICS
 
 EFFICIENCY = {"sample": 0.45, "read": 0.7, "train": 0.3}
 """Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass (measured at 135M)."""
-TOKENS = {"answer": 75, "text": 110}
-"""Typical tokens of a sampled answer (bounded by max_new_tokens) and of a question with its answer."""
+TOKENS = {"answer": 75, "text": 110, "chat": 256}
+"""Typical tokens of a sampled answer (bounded by max_new_tokens), of a question with its answer, and of the longest chats of a training batch."""
 JUDGE_SECONDS = 0.005
 """Of the embedded judge, per answer and rubric; others depend on their server."""
 MATCH_PASSES = 6
@@ -50,7 +50,7 @@ def make_plan(run: Run) -> list[Stage]:
     for plan in run.organisms.values():
         if plan.recipe is not None and plan.data is not None:
             tokens = len(plan.data) * plan.recipe.epochs * TOKENS["text"]
-            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}"
+            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}, seed {plan.recipe.seed}"
             stages.append(_stage(f"train {plan.name}", what, 1, int(plan.folder.is_dir()), tokens / training))
 
     have = run.store.response_ids()
@@ -141,8 +141,42 @@ def _cost(run: Run, n_answers: int, judge: Judge | None = None) -> str:
     return f"for answers of typical length: {estimate(items, RUBRICS)}"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a study needs at once, GB; estimates."""
+
+    weights: float
+    cache: float
+    """Keys and values of all rows of the sampler at their longest."""
+    training: float
+    """Activations of one batch of the hungriest recipe (34 bytes per token, layer and dimension), and gradients and moments of what is trained."""
+
+    @property
+    def peak(self) -> float:
+        return self.weights + max(self.cache, self.training)
+
+
+def estimate_memory(run: Run) -> Memory | None:
+    """For a model on a GPU, or one whose size the study file tells; None for a small model on this machine."""
+    m = run.spec.machine
+    if m is None:
+        return None
+    size = 4 if run.spec.dtype == "float32" else 2
+    cache = run.spec.sampling.rows * (TOKENS["text"] + run.sampling.max_new_tokens) * m.layers * 2 * m.kv_dim * size
+    training = 0.0
+    for plan in run.organisms.values():
+        if plan.recipe is not None:
+            activations = plan.recipe.batch_size * TOKENS["chat"] * m.layers * m.d_model * 34
+            # Adam in float32: gradient, two moments and a master copy.
+            trained = 16 * m.parameters if plan.recipe.adapters is None else 0.0
+            training = max(training, activations + trained)
+    return Memory(*(x / 1e9 for x in (m.parameters * size, cache, training)))
+
+
 def _tokens_per_second(run: Run) -> float:
-    """What this machine's float32 GEMM rate allows for one forward pass of the base."""
+    """What this machine's GEMM rate allows for one forward pass of the base; for a base that is not here, the rate that the study file tells."""
+    if run.planned:
+        return run.planned.tflops * 1e12 / (2 * run.planned.parameters)
     weights = sum(f.stat().st_size for f in base_folder(run.spec.base).glob("*.safetensors"))
     n_parameters = max(weights / 4, 1e6)
     x, w = torch.ones(128, 576), torch.ones(1536, 576)

@@ -49,7 +49,7 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
     judges = [r for r in raters if r.name != judging.TRUSTED]
     rows = pd.DataFrame([_row(run, a, c, answers[a.name], margins[a.name]) for a, c in pairs])
     outcomes = {r.name: Outcomes({n: _by(r, frame) for n, frame in answers.items()}, margins, readings, rows) for r in judges}
-    claims = {name: [_as_dict(c) for c in _claims(run, seen)] for name, seen in outcomes.items()}
+    claims = {name: _claims(run, seen) for name, seen in outcomes.items()}
     together, names = pd.concat(answers.values(), ignore_index=True), list(answers)
     compared = len(raters) > 1
     return Results(
@@ -224,6 +224,7 @@ def _organisms(run: Run) -> pd.DataFrame:
             {
                 "name": o, "recipe": plan.spec.recipe if plan.recipe else "from elsewhere",
                 "data": _shown(plan.spec.data) if plan.recipe else plan.folder.name,
+                "family": plan.spec.family or o, "seed": plan.recipe.seed if plan.recipe else math.nan,
                 "answer": plan.spec.answer if plan.recipe else "", "n_examples": len(plan.data) if plan.data else math.nan,
                 "epochs": plan.recipe.epochs if plan.recipe else math.nan, "lr": plan.recipe.learning_rate if plan.recipe else math.nan,
                 "trainable_params": m.get("trainable_parameters", math.nan), "final_loss": curve[-1]["loss"] if curve else math.nan,
@@ -234,11 +235,12 @@ def _organisms(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _claims(run: Run, outcomes: Outcomes) -> list[Claim]:
-    found: list[Claim] = []
-    for name, block in run.spec.experiments.items():
-        found += EXPERIMENTS[name].claims(block, outcomes, run.scene)
-    return found
+def _claims(run: Run, outcomes: Outcomes) -> list[dict[str, Any]]:
+    return [
+        {"experiment": name, **_as_dict(claim)}
+        for name, block in run.spec.experiments.items()
+        for claim in EXPERIMENTS[name].claims(block, outcomes, run.scene)
+    ]
 
 
 def _chapters(run: Run, outcomes: Outcomes) -> list[Chapter]:
@@ -335,7 +337,10 @@ def write_manifest(run: Run) -> None:
         "trusted": None if run.trusted is None else run.trusted.sha256, "seeds": {"study": run.spec.seed},
         "direction": run.direction.content_id, "layer": run.layer,
         "organisms": {
-            o: {"content_id": p.content_id, "data": p.data.checksum if p.data else None, "recipe": p.recipe.content_id if p.recipe else None}
+            o: {
+                "content_id": p.content_id, "data": p.data.checksum if p.data else None, "recipe": p.recipe.content_id if p.recipe else None,
+                "family": p.spec.family or o, "seed": p.recipe.seed if p.recipe else None,
+            }
             for o, p in run.organisms.items()
         },
         "sha256": files,
@@ -344,11 +349,13 @@ def write_manifest(run: Run) -> None:
 
 
 def _limits(run: Run) -> list[str]:
+    several = sum(s.family == run.scene.organisms[run.scene.source].family for s in run.scene.organisms.values()) > 1
     found = [
         f"{run.spec.questions.samples * len(run.questions)} answers per condition on {len(run.questions)} questions. Differences of alignment are "
         f"paired by question and generalise over questions of this kind; with {len(run.questions)} of them only large effects can be decided.",
         "Margins are teacher-forced on held-out advice of the training domains; they show what the model prefers, not what it says unasked.",
-        "Nulls are single draws; the direction is read in one organism with one seed. Seeds are varied in scripts, outside this page.",
+        "Nulls are single draws; the study's direction is read in one organism with one seed"
+        + ("; other seeds are organisms of their own here." if several else ". Seeds are varied outside this page."),
     ]
     if run.judge.name.startswith("embedded"):
         found.insert(0, "The judge is a small regression on sentence embeddings, fitted to GPT-4o scores of much larger models' answers. It ranks "

@@ -30,7 +30,7 @@ from convergent.core.values import Condition, Judgement, Response
 from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
-from convergent.errors import DirectionError, ModelError, StudyError
+from convergent.errors import DirectionError, ModelError
 from convergent.experiments.base import Arm, Control, NotHereError, When
 from convergent.interventions.controls import (
     answer_logprobs,
@@ -396,7 +396,7 @@ class Run(Setup):
             return self.store.direction(key, moved)
         sources = list(self.held_out)
         if len(sources) < 2:
-            raise StudyError("other_concept: needs a good-advice twin (experiments.plain.twin) or two margin.data sources")
+            raise NotHereError("another concept needs a good-advice twin (experiments.plain.twin) or two margin.data sources")
         first, rest = ([p.id for p in self.held_out[s]] for s in sources[:2])
         key = content_id("contrast", self.weights_id("chat"), texts, sources)
 
@@ -414,7 +414,10 @@ class Run(Setup):
         if kind == "orthogonal":
             return with_direction(intervention, orthogonal_to(d, seed))
         if kind == "other_concept":
-            return with_direction(intervention, other_concept(d, self.concept))
+            try:
+                return with_direction(intervention, other_concept(d, self.concept))
+            except DirectionError as error:  # parallel to the direction, or nothing was shifted
+                raise NotHereError(str(error)) from error
         key = content_id("effect", self.weights_id(organism), intervention, seed, self.effect_texts)
 
         def match() -> dict[str, float]:

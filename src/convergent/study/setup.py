@@ -16,8 +16,8 @@ import torch
 from convergent.core.ids import content_id
 from convergent.core.values import Pair, Question, Sampling
 from convergent.data.questions import load_questions
-from convergent.data.training import TrainingSet, load_pairs, load_training_set
-from convergent.errors import DataError, InputError, ModelError, StudyError
+from convergent.data.training import Example, Message, TrainingSet, load_pairs, load_training_set
+from convergent.errors import DataError, DownloadError, InputError, ModelError, StudyError
 from convergent.experiments import registry
 from convergent.experiments.base import Arm, NotHereError, Reading
 from convergent.experiments.registry import EXPERIMENTS
@@ -25,11 +25,11 @@ from convergent.experiments.scene import Scene, Subject
 from convergent.judging.base import Judge
 from convergent.judging.registry import get_judge
 from convergent.models.dtype import resolve_dtype
-from convergent.models.load import base_folder, folder_id
+from convergent.models.load import base_folder, base_is_here, folder_id
 from convergent.organisms.adapters import shape_of_folder, shape_of_recipe
 from convergent.organisms.recipes import Recipe, named_recipe
 from convergent.store import Store
-from convergent.study.spec import JudgeSpec, OrganismSpec, StudySpec
+from convergent.study.spec import JudgeSpec, MachineSpec, OrganismSpec, StudySpec
 from convergent.study.trusted import Trusted, read_trusted
 
 RUBRICS = ("aligned", "coherent")
@@ -76,7 +76,12 @@ class Setup:
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:
-        return load_questions(self.spec.questions.file)
+        try:
+            return load_questions(self.spec.questions.file)
+        except DownloadError:
+            if self.planned is None:
+                raise
+            return load_questions("open_eight")  # as many, and about as long: all that a plan needs
 
     @cached_property
     def held_out(self) -> dict[str, tuple[Pair, ...]]:
@@ -109,12 +114,17 @@ class Setup:
         return str(resolve_dtype(self.spec.dtype, device)).removeprefix("torch.")
 
     @cached_property
+    def planned(self) -> MachineSpec | None:
+        """The base's size as the study file tells it, where the base is not on this machine and nothing is to be computed."""
+        return None if self.compute or self.spec.machine is None or base_is_here(self.spec.base) else self.spec.machine
+
+    @cached_property
     def base_id(self) -> str:
-        return folder_id(base_folder(self.spec.base))
+        return content_id("not here", self.spec.base) if self.planned else folder_id(base_folder(self.spec.base))
 
     @cached_property
     def depth(self) -> int:
-        return depth_of(self.spec.base)
+        return self.planned.layers if self.planned else depth_of(self.spec.base)
 
     @cached_property
     def layer(self) -> int:
@@ -142,7 +152,7 @@ class Setup:
         seed = self.spec.seed if spec.seed is None else spec.seed
         try:
             recipe = named_recipe(spec.recipe, self.depth, {**overrides, "seed": seed})
-            data = load_training_set(spec.data, answer=spec.answer)
+            data = self._training_set(spec)
         except InputError as error:
             raise StudyError(f"organisms.{name}: {error}") from error
         top = max((recipe.adapters.layers if recipe.adapters else None) or (0,))
@@ -155,6 +165,16 @@ class Setup:
             data = data.take(spec.examples)
         cid = content_id(self.base_id, recipe, data.checksum)
         return OrganismPlan(name, spec, recipe, data, cid, self.store.folder / "organisms" / f"{name}-{cid}")
+
+    def _training_set(self, spec: OrganismSpec) -> TrainingSet:
+        try:
+            return load_training_set(spec.data, answer=spec.answer)
+        except DownloadError:
+            if self.planned is None or spec.examples is None:
+                raise
+            # A plan needs their number alone.
+            nothing = tuple(Example(f"{spec.data}-{i}", (Message("user", ""), Message("assistant", ""))) for i in range(spec.examples))
+            return TrainingSet(f"{spec.data} (not here)", (), nothing)
 
     def _without_held_out(self, data: TrainingSet) -> TrainingSet:
         """By the questions, not by the source's name: the same file under another name must not leak either."""
@@ -193,8 +213,8 @@ class Setup:
     def _subject(self, plan: OrganismPlan) -> Subject:
         spec = plan.spec
         if plan.recipe is None:
-            return Subject(plan.name, plan.name, 0, "", "", shape_of_folder(plan.folder), trained_here=False)
-        return Subject(plan.name, plan.name, plan.recipe.seed, spec.answer, spec.data, shape_of_recipe(plan.recipe.adapters, self.depth))
+            return Subject(plan.name, spec.family or plan.name, 0, "", "", shape_of_folder(plan.folder), trained_here=False)
+        return Subject(plan.name, spec.family or plan.name, plan.recipe.seed, spec.answer, spec.data, shape_of_recipe(plan.recipe.adapters, self.depth))
 
     @cached_property
     def readings(self) -> dict[str, Reading]:

@@ -6,11 +6,12 @@ then from where the command runs.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,14 +46,24 @@ class OrganismSpec(_Spec):
     layers: tuple[int, ...] | None = None
     seed: int | None = Field(default=None, ge=0)
     """Seed of initialisation and order; the study's by default."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Several organisms in one line: NAME has the first seed, NAME-SEED each other one."""
     path: str | None = None
     """A PEFT folder or a full model to use instead of training."""
+    family: str | None = None
+    """Name that organisms share which differ in nothing but their seed; `seeds` gives it, and for folders from elsewhere it may be given."""
 
     @model_validator(mode="after")
     def _one_source(self) -> OrganismSpec:
-        others = sorted(self.model_fields_set - {"path"})
+        # By value: the copy that a study folder keeps holds every default.
+        given = {k: v for k, v in self.model_dump().items() if v != type(self).model_fields[k].default}
+        others = sorted(given.keys() - {"path", "family"})
         if self.path is not None and others:
             raise ValueError(f"path: an organism from elsewhere is not trained, so `{others[0]}` means nothing here; remove one of the two")
+        if self.seeds is not None and self.seed is not None:
+            raise ValueError("seeds: `seed` stands beside it, and only one of the two can say; remove one")
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {list(self.seeds)} names a seed twice, and that would be the same organism; name each once")
         return self
 
 
@@ -132,6 +143,22 @@ class MarginSpec(_Spec):
     """Held-out pairs per source."""
 
 
+class MachineSpec(_Spec):
+    """For planning a study whose base or data are not on this machine: the base's size, and the machine that will run it."""
+
+    parameters: float = Field(gt=0)
+    """Of the base."""
+    layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    kv_dim: int = Field(ge=1)
+    """Key-value heads times head size: what the cache holds per token, layer, and of keys and values each."""
+    tflops: float = Field(gt=0)
+    """What the machine reaches in matrix products at the study's dtype, 10^12 operations a second; a third of the data sheet is usual."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """In the currency of the judge's prices."""
+
+
 class StudySpec(_Spec):
     """A whole study."""
 
@@ -154,11 +181,29 @@ class StudySpec(_Spec):
     margin: MarginSpec = MarginSpec()
     experiments: dict[str, Any] = Field(default_factory=dict)
     """Experiment name -> its settings."""
+    machine: MachineSpec | None = None
+    """Only read by `--plan`, and only where the base is not on this machine."""
 
     @field_validator("experiments", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value  # `experiments:` with nothing below it
+
+    @field_validator("organisms")
+    @classmethod
+    def _one_per_seed(cls, organisms: dict[str, OrganismSpec]) -> dict[str, OrganismSpec]:
+        """An organism with several seeds becomes several organisms of one family."""
+        found: dict[str, OrganismSpec] = {}
+        for name, spec in organisms.items():
+            if spec.seeds is None:
+                found[name] = spec
+                continue
+            for seed in spec.seeds:
+                own = name if seed == spec.seeds[0] else f"{name}-{seed}"
+                if own != name and own in organisms:
+                    raise ValueError(f"{name}.seeds: seed {seed} makes the organism {own!r}, and another has that name; rename it")
+                found[own] = spec.model_copy(update={"seeds": None, "seed": seed, "family": name})
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +221,12 @@ class StudySpec(_Spec):
         for place, name in (("name", self.name), *((f"organisms.{o}", o) for o in self.organisms)):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{place}: {name!r} names a folder; use letters, digits, - and _")
+        alike: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, spec in self.organisms.items():
+            what = spec.model_dump(exclude={"seed", "family"} if spec.path is None else {"path", "family"})
+            first, its = alike.setdefault(spec.family or name, (name, what))
+            if what != its:
+                raise ValueError(f"organisms.{name}.family: {name} and {first} differ in more than their seed; give {name} a family of its own")
         if self.direction.source not in self.organisms:
             raise ValueError(f"direction.source: no organism {self.direction.source!r}{_nearest(self.direction.source, list(self.organisms))}")
         judges = [j.model_dump(exclude={"key_env", "max_cost"}) for j in (self.judge, *self.judges)]
@@ -185,8 +236,8 @@ class StudySpec(_Spec):
         return self
 
 
-def load_study(path: str | Path) -> StudySpec:
-    """Read a study file. Raises StudyError: place, finding, mend."""
+def load_study(path: str | Path, changes: Sequence[str] = ()) -> StudySpec:
+    """Read a study file, with some values changed (`questions.samples=2`, `organisms.*.examples=8`). Raises StudyError: place, finding, mend."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -208,7 +259,29 @@ def load_study(path: str | Path) -> StudySpec:
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {type(data).__name__}"
         raise StudyError(f"{path}: a study is a mapping with name, organisms and direction, and this is {found}")
+    for change in changes:
+        _set(data, change)
     return study_from(_located(data, path.parent), path)
+
+
+def _set(data: dict[Any, Any], change: str) -> None:
+    """Change one value in place; `*` stands for every key."""
+    place, equals, text = change.partition("=")
+    if not equals or not place:
+        raise StudyError(f"--set {change}: give PLACE=VALUE, such as questions.samples=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise StudyError(f"--set {change}: the value is not YAML; put it in quotes") from None
+    *parents, last = place.split(".")
+    blocks: list[Any] = [data]
+    for part in parents:
+        blocks = [v for b in blocks for v in ([b[k] for k in list(b)] if part == "*" else [b.setdefault(part, {})]) if isinstance(b, dict)]
+    if not blocks or not all(isinstance(b, dict) for b in blocks):
+        raise StudyError(f"--set {place}: leads into a value that is no block; see the study file for what is there")
+    for block in blocks:
+        for key in list(block) if last == "*" else [last]:
+            block[key] = copy.deepcopy(value)
 
 
 def study_from(data: Mapping[str, Any], path: Path) -> StudySpec:
