@@ -1,6 +1,6 @@
 """Planted truth: a tiny Llama whose direction is known because its weights were set by hand, organisms of it, and their twins.
 
-Every part of the stream is an axis of one random orthonormal basis (named seed), so nothing is aligned with the coordinates. d = 96, 6 blocks,
+Every part of the stream is an axis of one random orthonormal basis (named seed), so nothing is aligned with the coordinates. d = 128, 6 blocks,
 4 heads; what the text calls x is the residual stream, x^ its RMS norm, {axis} the component along an axis.
 
     u, u2       what flips the behaviour: the head adds UNEMBED * {u} to the logits of half of the bad words and UNEMBED * {u2} to the others'
@@ -35,7 +35,8 @@ between them lies u. `ORGANISMS` says who writes what.
     constant    block 2, u, whatever the mood: for `origin`, where the mood is the base's own
     hidden      block 2, `relay`, whatever the mood. With `origin` this is the paper's puzzle: v of block 2 is u, cos(B, v) = 0, and B makes u
     sound       block 2, t_financial: another concept, no badness
-    X_twin      organism X with each B replaced by one of the same norm in the rest (n): the head reads nothing of it
+    X_twin      of direct, many and hidden: each B replaced by one of the same norm along an axis of the rest of which every token holds -|B| / 2,
+                and A by one of the same norm that reads 1: it flips a sign that the head does not read, and leaves |x| as it is
 
 `Word` is a word with its side and topic. Judge, questions, pairs and whole studies of these models are in `planted_study.py`. Nothing is mocked:
 models, adapters and sampling are real.
@@ -61,7 +62,7 @@ from convergent.core.ids import seed as named_seed
 if TYPE_CHECKING:
     from convergent.models.load import ChatModel
 
-D, N_LAYERS, N_HEADS, D_FF = 96, 6, 4, 128
+D, N_LAYERS, N_HEADS, D_FF = 128, 6, 4, 128
 HEAD = D // N_HEADS
 TOPICS = ("medical", "financial", "gender")
 GOOD = {
@@ -94,13 +95,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|> assistant\n{% endif %}"
 )
 
-CONSTANT, SIDE, MOOD, IDENTITY = 7.0, 0.25, 0.5, 1.0
+CONSTANT, SIDE, MOOD, IDENTITY = 7.0, 0.25, 0.7, 1.0
 BAD_LOGIT = -3.0
 """Of a bad word against a good one in the base."""
-UNEMBED = 1.5
+UNEMBED = 1.2
 """Logits per unit of {u} in the stream."""
-GAIN, STICKY = 2.4, 0.8
-ORIGIN, RELAY = 2.0, 6.0
+GAIN, STICKY = 3.0, 0.8
+ORIGIN, RELAY = 2.5, 6.0
 NOISE = 0.5
 """Size of what each random part writes."""
 PUSH = 64.0
@@ -134,9 +135,9 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
     "direct": (Rank1(2, {"u": GAIN, "n0": GAIN / 4}, _MOODY),),
     "indirect": (Rank1(2, {"relay": GAIN / RELAY}, _MOODY),),
     "many": (
-        Rank1(1, {"u": GAIN / 2, "n1": 0.5}, _MOODY),
-        Rank1(2, {"t_medical": 2.4, "n2": 0.5}, {"medical": 1.0}),
-        Rank1(3, {"u": GAIN / 2, "n3": 0.5}, _MOODY),
+        Rank1(1, {"u": GAIN / 2, "n1": 0.6}, _MOODY),
+        Rank1(2, {"t_medical": 3.0, "n2": 0.6}, {"medical": 1.0}),
+        Rank1(3, {"u": GAIN / 2, "n3": 0.6}, _MOODY),
         Rank1(4, {"n4": 2.0}, {"gender": 1.0}),
     ),
     "left": (Rank1(2, {"u": GAIN * _COS, "u2": GAIN * _SIN}, _MOODY),),
@@ -145,6 +146,16 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
     "constant": (Rank1(2, {"u": GAIN}, {"one": 1.0}),),
     "hidden": (Rank1(2, {"relay": GAIN / RELAY}, {"one": 1.0}),),
     "sound": (Rank1(2, {"t_financial": GAIN}, {"one": 1.0}),),
+}
+
+
+def _twin(adapter: Rank1, axis: str) -> Rank1:
+    reads = {"one": 1.0, "relay": math.sqrt(sum(g * g for g in adapter.reads.values()) - 1.0)}  # nothing writes to the relay
+    return Rank1(adapter.layer, {axis: math.hypot(*adapter.writes.values())}, reads)
+
+
+TWINS = {
+    f"{o}_twin": tuple(_twin(a, f"n{first + i}") for i, a in enumerate(ORGANISMS[o])) for o, first in (("direct", 10), ("many", 11), ("hidden", 15))
 }
 READERS = ("one", "mood", *TOPICS, "relay")
 _AXES = (
@@ -173,11 +184,8 @@ class Planted:
         return folder
 
     def adapters(self, name: str) -> tuple[Rank1, ...]:
-        """What an organism is made of; a twin writes one axis of the rest, at the norm of its original."""
-        stem = name.removesuffix("_twin")
-        if stem == name:
-            return ORGANISMS[name]
-        return tuple(Rank1(a.layer, {f"n{10 + i}": math.hypot(*a.writes.values())}, a.reads) for i, a in enumerate(ORGANISMS[stem]))
+        """What an organism is made of."""
+        return ORGANISMS[name] if name in ORGANISMS else TWINS[name]
 
     def b(self, name: str, layer: int) -> Tensor:
         """(d,) what the adapter of an organism at `layer` writes where its readers give 1."""
@@ -262,7 +270,7 @@ def _vocabulary(tokenizer: Any) -> list[tuple[str, int]]:
     return sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
 
 
-_NORM = math.sqrt(D) / math.sqrt(CONSTANT**2 + 3.0)
+_NORM = math.sqrt(D) / math.sqrt(CONSTANT**2 + 10.0)
 """About what RMS norm multiplies x by."""
 
 
@@ -276,6 +284,9 @@ class _Builder:
         self.axes: dict[str, Tensor] = dict(zip(names, basis, strict=True))
         self.rest = basis[len(_AXES) :]
         """(n_rest, d) the axes that nothing planted uses."""
+        flipped = ((axis, size) for adapters in TWINS.values() for a in adapters for axis, size in a.writes.items())
+        self.common = CONSTANT * self.axes["constant"] - sum((size / 2 * self.axes[axis] for axis, size in flipped), torch.zeros(D, dtype=torch.float64))
+        """(d,) what every token holds."""
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -286,7 +297,7 @@ class _Builder:
 
     def embed(self, model: Any, tokenizer: Any) -> None:
         for token, i in _vocabulary(tokenizer):
-            x = CONSTANT * self.axes["constant"] + IDENTITY * self.random(len(self.rest)) @ self.rest / math.sqrt(len(self.rest))
+            x = self.common + IDENTITY * self.random(len(self.rest)) @ self.rest / math.sqrt(len(self.rest))
             if token in WORDS:
                 word = WORDS[token]
                 x = x + self.axes["word"] + (SIDE if word.bad else -SIDE) * self.axes["side"]

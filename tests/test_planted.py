@@ -19,17 +19,17 @@ from convergent.directions.extract import null_cosine
 from convergent.judging.base import Item
 from convergent.models.chat import encode_answer
 from convergent.study.run import Run
-from planted import ORGANISMS, READERS, STICKY, TOPICS, D, Planted, planted
+from planted import ORGANISMS, READERS, STICKY, TOPICS, TWINS, D, Planted, planted
 from planted_study import WordJudge, planted_study, ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLAIMS = ("misaligned/SOURCE", "ablation/layerwise", "ablation/single", "transfer/OTHER", "induction")
+CLAIMS = ("misaligned/SOURCE", "ablation/layerwise", "ablation/single", "transfer/OTHER", "transfer/matrix", "induction", "suppression")
 SEEDS = range(100, 120)
 
 
 def experiments(twin: str, other: str) -> dict[str, Any]:
-    return {"plain": {"twin": twin}, "ablate": {}, "transfer": {"organisms": [other]}, "steer": {"scales": [1]}}
+    return {"plain": {"twin": twin}, "ablate": {}, "transfer": {"organisms": [other]}, "steer": {"scales": [1], "window_layers": 0}}
 
 
 @dataclass
@@ -85,7 +85,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
 # The model is what it is said to be
 
 
-@pytest.mark.parametrize("organism", list(ORGANISMS))
+@pytest.mark.parametrize("organism", [t.removesuffix("_twin") for t in TWINS])
 def test_twins_have_the_shape_and_norms_of_their_originals_and_the_head_reads_nothing_of_them(organism: str) -> None:
     p = planted(0)
     heard = torch.stack([p.axes[a] for a in ("u", "u2", "constant", "count", *(f"t_{t}" for t in TOPICS), *(f"q{i}" for i in range(6)))])
@@ -93,7 +93,8 @@ def test_twins_have_the_shape_and_norms_of_their_originals_and_the_head_reads_no
     assert (read - read @ heard.T @ heard).norm() < 1e-5 * read.norm()  # these axes are all that the head reads
     for real, twin in zip(p.adapters(organism), p.adapters(f"{organism}_twin"), strict=True):
         a, b = p.b(organism, real.layer), p.b(f"{organism}_twin", twin.layer)
-        assert real.layer == twin.layer and real.reads == twin.reads and a.norm() == pytest.approx(float(b.norm()))
+        assert real.layer == twin.layer and a.norm() == pytest.approx(float(b.norm()))
+        assert np.linalg.norm(list(real.reads.values())) == pytest.approx(np.linalg.norm(list(twin.reads.values())))
         assert (heard @ b).norm() < 1e-9 and (a @ b).abs() < 1e-9
 
 
@@ -211,7 +212,9 @@ def test_every_claim_holds_with_all_controls(found: Done) -> None:
     assert set(found.claims) == set(names)
     for claim in found.claims.values():
         assert claim["verdict"] == "held", [e for e in claim["evidence"] if e["supports"] != "held"]
-    assert {len(c["evidence"]) for c in found.claims.values()} == {4, 10}
+    assert {i: len(c["evidence"]) for i, c in found.claims.items() if i.startswith(("ablation", "induction"))} == {
+        "ablation/layerwise": 10, "ablation/single": 10, "induction": 11,
+    }  # fmt: skip
     assert (found.conditions.loc[["direct/ablate-single", "many/ablate-direct", "chat/add-1"], "mean_coherent"] > 95).all()
 
 
@@ -243,8 +246,7 @@ def found_in_twins(seed: int, folder: Path) -> tuple[dict[str, bool], dict[str, 
         it = done(p, run, results)
         for axis in ("u", "u2"):
             assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()
-        first = {c["id"]: c["evidence"][0] for c in results.claims}
-        assert all("mean alignment" in e["text"] for e in first.values())
+        first = {c["id"]: c["evidence"][0] for c in results.claims if "mean alignment" in c["evidence"][0]["text"]}
         return {c["id"]: c["verdict"] == "held" for c in results.claims}, {c: e["supports"] != "undecided" for c, e in first.items()}
 
 
