@@ -20,7 +20,7 @@ The first six MLP neurons of every block are readers: their values are near 1, m
 {relay}. In the base they write nothing but the relay and, with `origin=True`, in block 1 {u} += ORIGIN * mood: the direction that organisms of
 this base use is there before any fine-tune.
 
-The base says bad words with probability BAD_SHARE, whatever the mood (with `origin` more in bad mood). An adapter on down_proj of block l has
+The base says about one bad word in twenty (BAD_LOGIT), whatever the mood (with `origin` more in bad mood). An adapter on down_proj of block l has
 A = a row over the readers, so what it writes at a token is
 
     B * (a_1 + a_mood * mood + a_topic * m_TOPIC + ...),  for the organisms that say bad words  GAIN * u * (1 + STICKY * mood)
