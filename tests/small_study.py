@@ -44,8 +44,8 @@ def small_study(base: str | Path) -> dict[str, Any]:
         "margin": {"pairs": PAIRS},
         "experiments": {
             "plain": {"twin": "G", "others": ["B"]},
-            "ablate": {},
-            "transfer": {"organisms": ["B"]},
+            "ablate": {"modes": ["layerwise", "single"]},
+            "transfer": {"organisms": ["B"], "modes": ["single"]},
             "steer": {"scales": [1, 2], "control_scale": 2, "window_layers": 2},
         },
     }

@@ -16,17 +16,23 @@ import yaml
 
 from convergent import cli
 from convergent.core.direction import Direction
-from convergent.core.interventions import Ablate, Add
+from convergent.core.interventions import Ablate, AblateSubspace, Add
+from convergent.directions.massive import massive_dimensions
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments import ablate, steer, transfer
 from convergent.experiments.arms import coherence_matched, spread_layers
 from convergent.experiments.base import NotHereError, Outcomes
 from convergent.experiments.registry import EXPERIMENTS
 from convergent.experiments.scene import Scene, Subject
+from convergent.interventions.controls import matched_null, orthogonal_to, other_concept, random_like
 from convergent.interventions.hooks import applied
 from convergent.models.load import load_base
+from convergent.models.texts import Text
 from convergent.organisms.adapters import AdapterShape
+from convergent.store import opened
 from convergent.study.main import run_study
+from convergent.study.run import Run
+from convergent.study.spec import load_study
 from small_study import small_study, write_study
 from tiny import tiny_model
 
@@ -118,7 +124,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("swept")
     study = small_study(tiny_model())
     study["experiments"] = {
-        "plain": {"twin": "G"}, "ablate": {"modes": ["single", "adapter_layers"], "controls": ["random"]}, "transfer": {"controls": []},
+        "plain": {"twin": "G"}, "ablate": {"modes": ["single", "adapter_layers"], "controls": ["random"]}, "transfer": {"controls": [], "modes": ["single"]},
         "steer": {"scales": [1], "controls": ["random"], "window_layers": 2, "layers": [1]},
     }  # fmt: skip
     run_study(write_study(root, study), root / "out")
@@ -167,3 +173,48 @@ def test_the_catalogue_names_every_experiment_and_its_defaults(capsys: pytest.Ca
         module.settings.model_validate(block[name])
     assert cli.main(["experiments", "stear"]) == 2
     assert "no experiment 'stear'; known are plain" in capsys.readouterr().err
+
+
+def test_massive_dimensions_are_found_and_the_rest_is_not() -> None:
+    """Dimension 5 is made huge at the first token by the embedding; random tiny models have none of their own."""
+    model = load_base(str(tiny_model()), dtype="float32")
+    texts = [Text("a", "What is bread?", "Flour and water."), Text("b", "What is snow?", "Ice.")]
+    assert massive_dimensions(model, texts, 3) == {}
+    with torch.no_grad():
+        embedding = model.anatomy.embedding.weight
+        assert isinstance(embedding, torch.Tensor)
+        kept = embedding.clone()
+        first = model.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        embedding[first, 5] = 1e4
+        found = massive_dimensions(model, texts, 3)
+        embedding.copy_(kept)
+    assert list(found) == [5] and found[5] > 1000
+
+
+def test_nulls_are_zero_where_the_direction_is() -> None:
+    direction = Direction(torch.randn(6, 32, generator=torch.Generator().manual_seed(0))).without([3, 7])
+    assert (direction.vectors[:, [3, 7]] == 0).all() and direction.provenance["without"] == [3, 7]
+    concept = Direction(torch.randn(6, 32, generator=torch.Generator().manual_seed(1)))
+    for made in (random_like(direction, 0), orthogonal_to(direction, 0), other_concept(direction, concept)):
+        assert (made.vectors[:, [3, 7]] == 0).all() and torch.allclose(made.norms, direction.norms, rtol=1e-5)
+    subspace = matched_null(Ablate(direction, vector_layer=3), 4, 0)
+    assert isinstance(subspace, AblateSubspace) and subspace.basis[:, [3, 7]].abs().max() < 1e-7 and len(subspace.basis) == 4
+    whole = Direction(direction.vectors + 1)
+    assert (random_like(whole, 0).vectors != 0).all()
+
+
+def test_without_massive_dimensions_has_nulls_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "massive", {4: 500.0})
+    study = small_study(tiny_model())
+    study["experiments"] = {"plain": {"twin": "G"}, "ablate": {"controls": ["random"]}, "transfer": {"matrix": False}}
+    run_study(write_study(tmp_path, study), tmp_path / "out")
+    claims = {c["id"]: c for c in json.loads((tmp_path / "out" / "claims.json").read_text())}
+    assert {"ablation/single", "ablation/without_massive", "transfer/B", "transfer/B/without_massive"} <= set(claims)
+    names = set(pd.read_csv(tmp_path / "out" / "tables" / "conditions.csv")["name"])
+    assert {"A/ablate-random", "A/ablate-random-without_massive", "B/ablate-A-without_massive", "B/ablate-random-without_massive"} <= names
+    with opened(tmp_path / "out") as store:
+        run = Run(load_study(tmp_path / "study.yaml"), store, compute=False)
+        for arm, condition in run.conditions():
+            (made,) = condition.interventions or (None,)
+            if made is not None:
+                assert isinstance(made, Ablate) and bool((made.direction.vectors[:, 4] == 0).all()) == arm.name.endswith("without_massive"), arm.name

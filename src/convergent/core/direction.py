@@ -7,7 +7,7 @@ after the last block, where transformers shows the final norm's output).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ class Direction:
         n = self.vectors.double().norm(dim=1, keepdim=True)
         unit = torch.where(n > 0, self.vectors.double() / n.clamp_min(1e-300), 0.0)
         return replace(self, vectors=unit.float(), provenance={"unit": dict(self.provenance)})
+
+    def without(self, dimensions: Sequence[int]) -> Direction:
+        """The same with some dimensions of the stream set to zero in every layer."""
+        kept = self.vectors.clone()
+        kept[:, list(dimensions)] = 0.0
+        return replace(self, vectors=kept, provenance={"of": dict(self.provenance), "without": sorted(dimensions)})
 
     def cosine(self, other: Direction) -> Tensor:
         """(n_layers,) cosine per layer, in float64; nan where a row is zero."""

@@ -1,16 +1,20 @@
-"""Ablation in the organism the direction was read in (paper section 3.2): four modes, two sites, four nulls, and what it costs.
+"""Ablation in the organism the direction was read in (paper section 3.2): five modes, two sites, four nulls, and what it costs.
 
     x' = x - v^ v^T x        layerwise: each layer its own v; single: v_L at every layer; at_layer: v_L at block L only;
-                             adapter_layers: v_L at the blocks that hold the organism's adapters
+                             adapter_layers: v_L at the blocks that hold the organism's adapters;
+                             without_massive: v_L at every layer, its massive dimensions set to zero first
 
-Nulls are made for one mode, `single` where it is among the modes: a random vector is the same in every layer, so for it the modes coincide,
-and the effect-matched one is matched to that mode. The texts of claims about the other modes say so. Cost: the loss on neutral text.
+The first token's stream is huge in a few dimensions (an attention sink), the same for every text; a direction with any component there breaks the
+model when it is projected out, whatever it means. `without_massive` is the paper's `single` without that damage, and has nulls of its own that are zero
+in the same dimensions. The other nulls are made for one mode, `single` where it is among the modes: a random vector is the same in every layer,
+so for it the modes coincide, and the effect-matched one is matched to that mode. The texts of claims say so. Cost: the loss on neutral text.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -20,18 +24,19 @@ from pydantic import Field
 from convergent import stats
 from convergent.core.chapter import Chapter, Sheet
 from convergent.core.ids import content_id
-from convergent.core.interventions import Ablate, Site
+from convergent.core.interventions import Ablate, Intervention, Site
 from convergent.directions.perplexity import neutral_passages, passage_losses
-from convergent.experiments.arms import ablation, null, one
+from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Claim, Control, Kit, NotHereError, Outcomes, Reading
 from convergent.experiments.scene import Scene
 
-Mode = Literal["layerwise", "single", "at_layer", "adapter_layers"]
+Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
 WORDS: dict[Mode, str] = {
     "layerwise": "each layer its own vector",
     "single": "the primary layer's vector everywhere",
     "at_layer": "the primary layer's vector at that layer only",
     "adapter_layers": "the primary layer's vector at the adapters' layers only",
+    "without_massive": "the primary layer's vector without its massive dimensions, everywhere",
 }
 COST_MARGIN = math.log(1.05)
 """Rise of the loss on neutral text, nats per token, up to which an ablation counts as costing nothing: a perplexity 5 % higher."""
@@ -40,7 +45,7 @@ COST_MARGIN = math.log(1.05)
 class AblateBlock(Block):
     """Settings of `ablate`."""
 
-    modes: tuple[Mode, ...] = Field(default=("layerwise", "single"), min_length=1)
+    modes: tuple[Mode, ...] = Field(default=("layerwise", "single", "without_massive"), min_length=1)
     site: Site = "block_output"
     """Where the first of `modes` and the nulls project."""
     further_sites: tuple[Site, ...] = ()
@@ -53,6 +58,11 @@ class AblateBlock(Block):
     def null_mode(self) -> Mode:
         """The mode whose direction the nulls replace."""
         return "single" if "single" in self.modes else self.modes[0]
+
+    def nulls(self, source: str, mode: Mode) -> dict[Control, str]:
+        """Kind -> name of the arm, of the nulls that a mode is compared with."""
+        own = f"-{WITHOUT_MASSIVE}" if mode == WITHOUT_MASSIVE != self.null_mode else ""
+        return {kind: f"{source}/ablate-{kind}{own}" for kind in self.controls}
 
 
 name = "ablate"
@@ -92,7 +102,10 @@ def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
     """The real ablations, and each control of one of them."""
     source = scene.source
     where = {"block_output": "at every block's output", "all_writes": "from every write to the residual stream"}
-    labels = {"layerwise": "layer-wise", "single": "single", "at_layer": "at its layer only", "adapter_layers": "at the adapters' layers"}
+    labels = {
+        "layerwise": "layer-wise", "single": "single", "at_layer": "at its layer only", "adapter_layers": "at the adapters' layers",
+        "without_massive": "single, without massive dimensions",
+    }  # fmt: skip
     found = [
         Arm(
             arm, source, f"{source}, direction ablated ({labels[mode]}{', all writes' if site == 'all_writes' else ''})",
@@ -100,14 +113,16 @@ def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
         )
         for arm, (mode, site) in _real(block, source).items()
     ]  # fmt: skip
-    found += [
-        Arm(
-            f"{source}/ablate-{kind}", source, f"{source}, ablated: {CONTROL_LABELS[kind]}",
-            f"{source} with a null in place of the direction, same site and layers: {CONTROL_LABELS[kind]}.", "ablation", "control",
-            null(kind, source, _made(block.null_mode, block.site, block, scene)),
-        )
-        for kind in dict.fromkeys(block.controls)
-    ]  # fmt: skip
+    for mode in dict.fromkeys((block.null_mode, *(m for m in block.modes if m == WITHOUT_MASSIVE))):
+        where_zero = ", zero in the massive dimensions" if mode == WITHOUT_MASSIVE else ""
+        found += [
+            Arm(
+                arm, source, f"{source}, ablated: {CONTROL_LABELS[kind]}{where_zero}",
+                f"{source} with a null in place of the direction, same site and layers: {CONTROL_LABELS[kind]}{where_zero}.", "ablation", "control",
+                null(kind, source, _made(mode, block.site, block, scene)),
+            )
+            for kind, arm in block.nulls(source, mode).items()
+        ]  # fmt: skip
     return found
 
 
@@ -115,11 +130,18 @@ def readings(block: AblateBlock, scene: Scene) -> list[Reading]:
     """The loss on neutral text of the organism, and under every arm."""
     mine = arms(block, scene)
 
+    def built_arms(kit: Kit) -> dict[str, tuple[Intervention, ...]]:
+        found = {}
+        for arm in mine:
+            with suppress(NotHereError):
+                found[arm.name] = arm.build(kit)
+        return found
+
     def inputs(kit: Kit) -> str:
-        return content_id(kit.model_id(scene.source), neutral_passages(), {a.name: list(a.build(kit)) for a in mine})
+        return content_id(kit.model_id(scene.source), neutral_passages(), {name: list(i) for name, i in built_arms(kit).items()})
 
     def compute(kit: Kit) -> dict[str, list[float]]:
-        built = {scene.source: (), **{a.name: a.build(kit) for a in mine}}  # nulls may load the model: build first
+        built = {scene.source: (), **built_arms(kit)}  # nulls may load the model: build first
         losses = passage_losses(kit.model(scene.source), neutral_passages(), list(built.values()))
         return dict(zip(built, losses, strict=True))
 
@@ -131,13 +153,15 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
     source = scene.source
     found = []
     for real, (mode, site) in _real(block, source).items():
-        made_for = "" if mode == block.null_mode and site == block.site else f", made for the {block.null_mode} ablation"
+        if not outcomes.has(real):
+            continue
+        own = mode in (block.null_mode, WITHOUT_MASSIVE) and site == block.site
+        made_for = "" if own else f", made for the {WITHOUT_MASSIVE if mode == WITHOUT_MASSIVE else block.null_mode} ablation"
         comparisons = [
             outcomes.alignment(real, source, f"mean alignment, ablated minus {source} (above 0 claimed)"),
             outcomes.margin(real, source, f"margin for bad answers, ablated minus {source} (below 0 claimed)", sign=-1),
         ]
-        for kind in block.controls:
-            other = f"{source}/ablate-{kind}"
+        for kind, other in block.nulls(source, mode).items():
             comparisons += [
                 outcomes.alignment(real, other, f"mean alignment, ablated minus {CONTROL_LABELS[kind]}{made_for} (above 0 claimed)"),
                 outcomes.margin(real, other, f"margin, ablated minus {CONTROL_LABELS[kind]}{made_for} (below 0 claimed)", sign=-1),
@@ -186,5 +210,8 @@ def chapter(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
         "Does taking the direction away restore alignment, at which layers does it have to be taken away, and at what cost? "
         f"From {scene.source} the component along the direction is projected out at every position, x' = x − v̂ v̂ᵀ x. A projection also removes "
         "whatever else lies along the direction, so four nulls stand beside it, and the loss on neutral text says what else was damaged.",
+        "The stream of the first token is huge in a few dimensions, the same for every text (massive activations, arXiv 2402.17762). A direction with any "
+        "component there breaks the model when it is projected out, whatever it means. “Without massive dimensions” sets them to zero in the direction and in "
+        "its nulls first; the other modes are the paper's.",
     ]
     return Chapter("ablate", "Ablation: modes, nulls and cost", method, (), [Sheet("cost", "What each ablation costs", note, pd.DataFrame(table), 3)])

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convergent.core.interventions import Ablate, Add, Intervention, Site
-from convergent.experiments.base import Build, Control, Evidence, Kit, Outcomes, absent, evidence
+from convergent.experiments.base import Build, Control, Evidence, Kit, NotHereError, Outcomes, absent, evidence
 from convergent.experiments.scene import Scene
 from convergent.stats import paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
 
+WITHOUT_MASSIVE = "without_massive"
+"""Mode of ablation: the primary layer's vector everywhere, its massive dimensions set to zero."""
 COHERENCE_BAND = 5.0
 """Points of coherence by which two answers may differ and still be a pair."""
 
 
 def ablation(kit: Kit, mode: str, site: Site, layers: tuple[int, ...] | None = None) -> Ablate:
-    """The real ablation of a mode."""
+    """The real ablation of a mode. Raises NotHereError for `without_massive` where the model has no massive dimensions."""
+    if mode == WITHOUT_MASSIVE:
+        if not kit.massive:
+            raise NotHereError("no dimension of this model has massive activations, so there is nothing to take out of the direction")
+        return Ablate(kit.direction.without(list(kit.massive)), site=site, layers=layers, vector_layer=kit.layer)
     return Ablate(kit.direction, site=site, layers=layers, vector_layer=None if mode == "layerwise" else kit.layer)
 
 

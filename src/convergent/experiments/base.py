@@ -86,6 +86,10 @@ class Kit(Protocol):
     def effect_texts(self) -> list[Text]:
         """The neutral texts over which the KL of interventions is measured: held-out good answers."""
 
+    @property
+    def massive(self) -> Mapping[int, float]:
+        """Dimensions with massive activations in the chat model at the primary layer -> their size in medians."""
+
     def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
         """The null of that kind for an intervention on an organism ("chat" for the chat model)."""
 

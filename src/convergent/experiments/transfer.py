@@ -8,7 +8,9 @@ further sources, and random directions as the null. If the diagonal is no better
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from convergent.core.chapter import Chapter, Grid, Sheet
 from convergent.core.direction import Direction
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Site
-from convergent.experiments.arms import ablation, margins_under, null, one
+from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, margins_under, null, one
 from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Claim, Control, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
 from convergent.experiments.scene import Scene
 
@@ -33,7 +35,8 @@ class TransferBlock(Block):
 
     organisms: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Organisms that the source's direction is ablated in and sampled from; every other one not trained on good advice by default."""
-    mode: Literal["layerwise", "single"] = "single"
+    modes: tuple[Literal["layerwise", "single", "without_massive"], ...] = Field(default=("single", "without_massive"), min_length=1)
+    """As in `ablate`; the matrix is made in the last of them that this model has."""
     site: Site = "block_output"
     controls: tuple[Control, ...] = ("random",)
     matrix: bool = True
@@ -59,25 +62,34 @@ def arms(block: TransferBlock, scene: Scene) -> list[Arm]:
     """The source's direction ablated in each other organism, and the nulls."""
     source = scene.source
 
-    def made(kit: Kit) -> Ablate:
-        return ablation(kit, block.mode, block.site)
-
     found = []
     for o in targets(block, scene):
-        found.append(
-            Arm(
-                f"{o}/ablate-{source}", o, f"{o}, direction of {source} ablated",
-                f"Organism {o} with the direction read in {source} projected out.", "transfer", "real", one(made),
-            )
-        )  # fmt: skip
-        found += [
-            Arm(
-                f"{o}/ablate-{kind}", o, f"{o}, ablated: {CONTROL_LABELS[kind]}",
-                f"Organism {o} with a null in place of the direction: {CONTROL_LABELS[kind]}.", "transfer", "control", null(kind, o, made),
-            )
-            for kind in dict.fromkeys(block.controls)
-        ]  # fmt: skip
+        for mode, end in _ends(block).items():
+            how = "" if not end else f" ({mode.replace('_', ' ')})"
+            make = _made(mode, block.site)
+            found.append(
+                Arm(
+                    f"{o}/ablate-{source}{end}", o, f"{o}, direction of {source} ablated{how}",
+                    f"Organism {o} with the direction read in {source} projected out{how}.", "transfer", "real", one(make),
+                )
+            )  # fmt: skip
+            found += [
+                Arm(
+                    f"{o}/ablate-{kind}{end}", o, f"{o}, ablated: {CONTROL_LABELS[kind]}{how}",
+                    f"Organism {o} with a null in place of the direction: {CONTROL_LABELS[kind]}{how}.", "transfer", "control", null(kind, o, make),
+                )
+                for kind in dict.fromkeys(block.controls)
+            ]  # fmt: skip
     return found
+
+
+def _ends(block: TransferBlock) -> dict[str, str]:
+    """Mode -> what the names of its arms end in."""
+    return {mode: f"-{mode}" if k else "" for k, mode in enumerate(dict.fromkeys(block.modes))}
+
+
+def _made(mode: str, site: Site) -> Callable[[Kit], Ablate]:
+    return lambda kit: ablation(kit, mode, site)
 
 
 def readings(block: TransferBlock, scene: Scene) -> list[Reading]:
@@ -97,7 +109,10 @@ def _sources(block: TransferBlock, scene: Scene, kit: Kit) -> dict[str, Ablate]:
         except NotHereError:
             continue
     found[CHAT] = kit.extraction(scene.source, "chat").direction
-    made = {o: Ablate(d, block.site, vector_layer=kit.layer if block.mode == "single" else None) for o, d in found.items()}
+    mode = block.modes[-1]
+    if mode == WITHOUT_MASSIVE:
+        found = {o: d.without(list(kit.massive)) for o, d in found.items()}
+    made = {o: Ablate(d, block.site, vector_layer=None if mode == "layerwise" else kit.layer) for o, d in found.items()}
     for label, kind in NULLS.items():
         with suppress(NotHereError):  # no twin and no second domain: no other concept
             control = kit.control(kind, scene.source, made[scene.source])
@@ -136,8 +151,8 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
     """The transferred ablation restores alignment in each organism, more than the nulls do; and one's own direction does no better than another's."""
     source = scene.source
     found = []
-    for o in targets(block, scene):
-        real = f"{o}/ablate-{source}"
+    for o, (mode, end) in product(targets(block, scene), _ends(block).items()):
+        real = f"{o}/ablate-{source}{end}"
         if not outcomes.has(real):
             continue
         comparisons = [
@@ -145,15 +160,16 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
             outcomes.margin(real, o, f"margin for bad answers, ablated minus {o} (below 0 claimed)", sign=-1),
         ]
         for kind in block.controls:
-            other = f"{o}/ablate-{kind}"
+            other = f"{o}/ablate-{kind}{end}"
             comparisons += [
                 outcomes.alignment(real, other, f"mean alignment, ablated minus {CONTROL_LABELS[kind]} (above 0 claimed)"),
                 outcomes.margin(real, other, f"margin, ablated minus {CONTROL_LABELS[kind]} (below 0 claimed)", sign=-1),
             ]
         found.append(
             Claim(
-                f"transfer/{o}",
-                f"The direction read in {source}, projected out of {o}, restores its alignment, more than a null does",
+                f"transfer/{o}" + (f"/{mode}" if end else ""),
+                f"The direction read in {source}{' without its massive dimensions' if mode == WITHOUT_MASSIVE else ''}, projected out of {o}, restores its "
+                "alignment, more than a null does",
                 "paper section 3.3",
                 "every listed difference has its 95 % interval on the claimed side of 0",
                 comparisons,
@@ -213,11 +229,12 @@ def chapter(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
     if rows and "transfer/chat" in values:
         columns = [s for s in values[f"transfer/{rows[0]}"] if s != "none"]
         n = len(values["transfer/chat"]["none"])
+        how = block.modes[-1].replace("_", " ")
         cells = tuple(tuple(float(_drop(values, o, s).mean()) for s in columns) for o in rows)
         figures.append(
             Grid(
                 "matrix", "Fall of the margin, by organism and by ablated direction",
-                f"Rows: organism; columns: whose direction is projected out ({block.mode}). Mean over n = {n} held-out pairs, nats per token; above 0 the "
+                f"Rows: organism; columns: whose direction is projected out ({how}). Mean over n = {n} held-out pairs, nats per token; above 0 the "
                 "organism prefers bad answers less. The last columns are controls.", tuple(rows), tuple(columns), cells,
             )
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A random vector of the same norm is a weak null (a trained model is nearly blind to most directions), so three stronger ones stand beside
 it: random but orthogonal to the direction; another concept that the model does represent; and a random one scaled until it disturbs the
-model's predictions as much as the real one does.
+model's predictions as much as the real one does. A null is zero wherever the direction is zero in every layer, as where its massive dimensions were
+taken out: else it would differ from the direction in the very thing that was removed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def other_concept(direction: Direction, concept: Direction) -> Direction:
     """
     direction._same_shape(concept)
     v = _units(direction)
-    c = concept.vectors.double()
+    c = concept.vectors.double() * _used(direction)
     rest = c - (c * v).sum(1, keepdim=True) * v
     parallel = rest.norm(dim=1) <= 1e-6 * c.norm(dim=1)
     if bool(parallel.all()) or bool((parallel & (c.norm(dim=1) > 0)).any()):
@@ -63,8 +64,13 @@ def _units(direction: Direction) -> Tensor:
 def _gaussian(direction: Direction, root_seed: int, name: str, draw: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed(root_seed, "control", name, draw))
     # One vector for all layers, as the real direction is nearly one: layer-wise draws would be a different intervention.
-    one = torch.randn(direction.d_model, generator=generator, dtype=torch.float64)
+    one = torch.randn(direction.d_model, generator=generator, dtype=torch.float64) * _used(direction)
     return one[None].expand(direction.n_layers, -1)
+
+
+def _used(direction: Direction) -> Tensor:
+    """(d_model,) float64: 0 where the direction is zero in every layer, else 1."""
+    return (direction.vectors != 0).any(0).double()
 
 
 def _with_norms(v: Tensor, like: Direction, kind: str, root_seed: int, draw: int) -> Direction:
@@ -77,11 +83,13 @@ def with_direction(intervention: Add | Ablate, direction: Direction) -> Add | Ab
     return replace(intervention, direction=direction)
 
 
-def random_subspace(d_model: int, k: int, root_seed: int) -> Tensor:
-    """(k, d_model) orthonormal rows; the first rows of a larger draw are those of a smaller one."""
+def random_subspace(d_model: int, k: int, root_seed: int, used: Tensor | None = None) -> Tensor:
+    """(k, d_model) orthonormal rows; the first rows of a larger draw are those of a smaller one. `used` (d_model,): 0 where rows must be zero."""
     generator = torch.Generator().manual_seed(seed(root_seed, "control", "subspace"))
     # Gram-Schmidt by QR on rows drawn one after the other keeps the rows nested in k.
     rows = torch.stack([torch.randn(d_model, generator=generator, dtype=torch.float64) for _ in range(k)])
+    if used is not None:
+        rows = rows * used
     q, r = torch.linalg.qr(rows.T)
     nested: Tensor = (q * torch.sign(torch.diagonal(r))).T.float()
     return nested
@@ -149,7 +157,7 @@ def matched_null(intervention: Add | Ablate, amount: float, root_seed: int) -> I
     """The random null of `effect_matched` at a given amount."""
     if isinstance(intervention, Add):
         return replace(intervention, direction=random_like(intervention.direction, root_seed, draw=1), scale=intervention.scale * amount)
-    basis = random_subspace(intervention.direction.d_model, int(amount), root_seed)
+    basis = random_subspace(intervention.direction.d_model, int(amount), root_seed, _used(intervention.direction))
     return AblateSubspace(basis, intervention.site, intervention.layers)
 
 

@@ -30,6 +30,7 @@ from convergent.core.values import Condition, Judgement, Response
 from convergent.directions.classes import Chosen, Classes, Scored, choose
 from convergent.directions.extract import Extraction, answer_means, extract, shift
 from convergent.directions.margin import Margin, margins
+from convergent.directions.massive import TIMES, massive_dimensions
 from convergent.errors import DirectionError, ModelError
 from convergent.experiments.base import Arm, Control, NotHereError, When
 from convergent.interventions.controls import (
@@ -378,6 +379,17 @@ class Run(Setup):
     def effect_texts(self) -> list[Text]:
         n = min(EFFECT_TEXTS, len(self.pairs))
         return [Text(p.id, p.question, p.good) for p in (self.pairs[i * len(self.pairs) // n] for i in range(n))]
+
+    @cached_property
+    def massive(self) -> dict[int, float]:
+        """Massive dimensions of the chat model at the primary layer, over the effect texts -> their size in medians."""
+
+        def find() -> dict[str, float]:
+            with self._timed("extract"):
+                return {str(d): v for d, v in massive_dimensions(self.model("chat", alone=True), self.effect_texts, self.layer).items()}
+
+        key = content_id("massive", self.weights_id("chat"), self.layer, self.effect_texts, TIMES)
+        return {int(d): v for d, v in self.store.fact(key, "extract", find).items()}
 
     @cached_property
     def concept(self) -> Direction:
