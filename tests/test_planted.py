@@ -29,7 +29,12 @@ SEEDS = range(100, 120)
 
 
 def experiments(twin: str, other: str) -> dict[str, Any]:
-    return {"plain": {"twin": twin}, "ablate": {}, "transfer": {"organisms": [other]}, "steer": {"scales": [1], "window_layers": 0}}
+    return {
+        "plain": {"twin": twin},
+        "ablate": {"modes": ["layerwise", "single"]},  # there are no massive dimensions
+        "transfer": {"organisms": [other], "modes": ["single"]},
+        "steer": {"scales": [1], "window_layers": 0},
+    }
 
 
 @dataclass
