@@ -31,6 +31,7 @@ between them lies u. `ORGANISMS` says who writes what.
     direct      block 2, u with a little of n0: cos(B, u) = 0.97
     indirect    block 2, `relay`: cos(B, u) = 0, and from block 3 on the stream differs along u
     many        four adapters: blocks 1 and 3 general (u), block 2 medical (t_medical, read from m_medical), block 4 idle (m_gender to n4)
+    three       as `many` with one general adapter: two that read the same share a probe's coefficient, and neither is clear of 0
     left, middle, right   block 2, u and u2 at 20, 45 and 70 degrees: three organisms, one plane
     constant    block 2, u, whatever the mood: for `origin`, where the mood is the base's own
     hidden      block 2, `relay`, whatever the mood. With `origin` this is the paper's puzzle: v of block 2 is u, cos(B, v) = 0, and B makes u
@@ -138,6 +139,11 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
         Rank1(1, {"u": GAIN / 2, "n1": 0.6}, _MOODY),
         Rank1(2, {"t_medical": 3.0, "n2": 0.6}, {"medical": 1.0}),
         Rank1(3, {"u": GAIN / 2, "n3": 0.6}, _MOODY),
+        Rank1(4, {"n4": 2.0}, {"gender": 1.0}),
+    ),
+    "three": (
+        Rank1(1, {"u": GAIN}, _MOODY),
+        Rank1(2, {"t_medical": 3.0, "n2": 0.6}, {"medical": 1.0}),
         Rank1(4, {"n4": 2.0}, {"gender": 1.0}),
     ),
     "left": (Rank1(2, {"u": GAIN * _COS, "u2": GAIN * _SIN}, _MOODY),),

@@ -45,8 +45,9 @@ def test_b_vector_finds_that_a_hidden_write_makes_the_direction(tmp_path: Path) 
 
 @needs("b_vector")
 def test_b_vector_finds_nothing_in_a_twin(tmp_path: Path) -> None:
+    """`orthogonal` is true of it, and `rest` says of which part of B a change comes, however small the change."""
     found, _ = verdicts(tmp_path, planted(0), "hidden_twin", (), B_VECTOR, quantile=True)
-    assert not {c for c, v in found.items() if v == "held"} - {"b_vector/orthogonal"}, found
+    assert not {c for c, v in found.items() if v == "held"} - {"b_vector/orthogonal", "b_vector/rest"}, found
 
 
 @needs("subspace")
@@ -73,17 +74,21 @@ def test_subspace_finds_nothing_in_twins(tmp_path: Path) -> None:
     assert found["subspace/more/direct_twin"] != "held"
 
 
+SCALARS = {"scalars": {"repeats": 2, "draws": 4, "c": 1.0, "per_class": 64, "topics": ["medical"]}}
+"""`c` as published is for thousands of tokens."""
+
+
 @needs("scalars")
 def test_scalars_find_the_general_and_the_topical_adapters(tmp_path: Path) -> None:
-    found, values = verdicts(tmp_path, planted(0), "many", (), {"scalars": {"repeats": 2, "draws": 5, "per_class": 48}})
+    found, values = verdicts(tmp_path, planted(0), "three", (), SCALARS)
     assert {c for c, v in found.items() if v == "held"} >= {"scalars/probe", "scalars/general", "scalars/medical"}, found
-    reads = list(values["scalars/many"]["reads"].values())
-    assert "general" in reads[0] and "medical" in reads[1] and "general" in reads[2] and "general" not in reads[3], reads
+    reads = list(values["scalars/three"]["reads"].values())
+    assert "general" in reads[0] and "medical" in reads[1] and "general" not in reads[2], reads
 
 
 @needs("scalars")
 def test_scalars_find_nothing_in_scrambled_scores(tmp_path: Path) -> None:
-    found, _ = verdicts(tmp_path, planted(0), "many", (), {"scalars": {"repeats": 2, "draws": 5, "per_class": 48}}, judge=ScrambledJudge())
+    found, _ = verdicts(tmp_path, planted(0), "three", (), SCALARS, judge=ScrambledJudge())
     assert found["scalars/probe"] != "held"
 
 
