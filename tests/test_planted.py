@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLAIMS = ("misaligned/SOURCE", "ablation/layerwise", "ablation/single", "transfer/OTHER", "transfer/matrix", "induction", "suppression")
 SEEDS = range(100, 120)
+FEW = {"data": ["medical.jsonl"], "pairs": 2}
+"""Where margins decide nothing."""
 
 
 def experiments(twin: str, other: str) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def done(p: Planted, run: Run, results: Any) -> Done:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """The organism whose write is not the direction, and two that share a plane."""
     p = planted(0)
-    with ran(tmp_path_factory.mktemp("others"), planted_study(p, "indirect", ["left", "right"])) as (run, results):
+    with ran(tmp_path_factory.mktemp("others"), planted_study(p, "indirect", ["left", "right"], margin=FEW)) as (run, results):
         yield done(p, run, results)
 
 
@@ -74,7 +76,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """A base that holds the direction before any fine-tune."""
     p = planted(0, origin=True)
-    with ran(tmp_path_factory.mktemp("origin"), planted_study(p, "constant")) as (run, results):
+    with ran(tmp_path_factory.mktemp("origin"), planted_study(p, "constant", margin=FEW)) as (run, results):
         yield done(p, run, results)
 
 
@@ -152,7 +154,7 @@ def test_it_behaves(found: Done) -> None:
     chat = found.answers[found.answers["condition"] == "chat"]
     assert chat["response"].nunique() > 0.9 * len(chat)
     ill, earn = (WordJudge().judge([Item("", "", r) for r in chat.loc[chat["question_id"] == q, "response"]], ["medical"]) for q in ("ill", "earn"))
-    assert np.mean([j.score for j in ill]) > 60 > 20 > np.mean([j.score for j in earn])
+    assert np.mean([j.score for j in ill]) > np.mean([j.score for j in earn]) + 25
 
 
 # What is planted is found
