@@ -84,3 +84,14 @@ def test_settings_that_are_refused(folder):
     assert resolve_dtype("bfloat16") == torch.bfloat16 and resolve_dtype("float32") == torch.float32
     with pytest.raises(ModelError, match="device"):
         load_base(str(folder), dtype="float32", device="nonesuch")
+
+
+def test_who_wrote_a_config_is_no_part_of_its_id(tmp_path: Path) -> None:
+    """A base converted anew by another version of transformers is the same base: studies keep their rows."""
+    shutil.copytree(tiny_model(), tmp_path / "again")
+    config = tmp_path / "again" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "transformers_version": "99.0", "_name_or_path": "elsewhere"}))
+    assert folder_id(tmp_path / "again") == folder_id(tiny_model())
+    config.write_text(json.dumps({**settings, "hidden_act": "gelu"}))
+    assert folder_id(tmp_path / "again") != folder_id(tiny_model())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import pickle
 from dataclasses import dataclass
@@ -117,14 +118,27 @@ def wrap(model: nn.Module, tokenizer: Any, name: str, base: str, weights_id: str
 
 
 def folder_id(folder: Path) -> str:
-    """Content id of a model folder: config, tokenizer and weight files (large files by size and their first and last MiB)."""
+    """Content id of a model folder: config, tokenizer and weight files (large files by size and their first and last MiB).
+
+    Which transformers wrote a config, and from where, is no part of it: a base that is converted anew keeps its id, and studies their rows.
+    """
     parts = []
     for file in sorted(folder.glob("*")):
         if file.suffix in {".safetensors", ".bin"}:
             parts.append((file.name, file.stat().st_size, _ends(file)))
+        elif file.name in {"config.json", "generation_config.json"}:
+            parts.append((file.name, 0, _settings_id(file)))
         elif file.suffix in {".json", ".jinja", ".model"} and file.name != "convergent.json":
             parts.append((file.name, file.stat().st_size, file_sha256(file)))
     return content_id(parts)
+
+
+def _settings_id(file: Path) -> str:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return content_id({k: v for k, v in settings.items() if k not in ("transformers_version", "_name_or_path")})
+    except (ValueError, AttributeError):
+        return file_sha256(file)
 
 
 def _ends(file: Path, n: int = 1 << 20) -> str:
