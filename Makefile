@@ -27,8 +27,9 @@ demo: $(STAMP)
 	$(BIN)/convergent run studies/demo.yaml --out demo
 	@echo "Open demo/report.html in a browser."
 
+# One worker per core, each with one thread: two threads of a tiny model mostly wait for each other.
 test: $(DEV)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check src tests scripts benchmarks

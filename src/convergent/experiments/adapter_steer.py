@@ -302,7 +302,7 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
                 "pushes by six general adapters, 52 % misaligned)",
                 "paper section 4.3",
                 "every listed difference has its 95 % interval on the claimed side of 0",
-                comparisons,
+                comparisons, paper="adapter-steering",
             )
         )
     on, general = f"chat/push-topic-{block.at:g}", f"chat/push-general-{block.at:g}"
@@ -316,7 +316,7 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
                 "7.7 % misaligned and medical against none)",
                 "paper section 4.3",
                 "the difference has its 95 % interval over questions above 0",
-                [evidence(f"mean {topic} score, topical minus general push (above 0 claimed)", d, "points")],
+                [evidence(f"mean {topic} score, topical minus general push (above 0 claimed)", d, "points")], paper="adapter-steering",
             )
         )
     value = outcomes.readings.get(f"adapter_steer/{organism}/knockout")

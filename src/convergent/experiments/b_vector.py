@@ -349,7 +349,7 @@ def claims(block: BVectorBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             Claim(
                 f"b_vector/{mode}",
                 f"The direction {what} restores alignment in {o}, more than a random vector does (published: EM from {published[mode]})",
-                PAPER, "every listed difference has its 95 % interval on the claimed side of 0", comparisons,
+                PAPER, "every listed difference has its 95 % interval on the claimed side of 0", comparisons, paper="b-vector",
             )
         )  # fmt: skip
     return found

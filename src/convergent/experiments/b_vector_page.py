@@ -65,7 +65,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
                 "b_vector/orthogonal",
                 f"B of {organism} lies no nearer to the direction of its block {layer} than random vectors come "
                 "(published: cosine 0.04, where the largest of 200 random ones reaches 0.042)",
-                source, RULE, [evidence(text, made, "cosine")],
+                source, RULE, [evidence(text, made, "cosine")], paper="b-vector",
             )
         )  # fmt: skip
     if (r := readings.get(DOWNSTREAM)) is not None:
@@ -79,7 +79,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
                 "b_vector/downstream",
                 f"Downstream of block {layer}, {organism} changes the activations of its misaligned answers along what adding the direction to the "
                 "chat model changes, more than along what nulls change (published: cosine up to 0.42 near block 39 of 48)",
-                source, RULE, comparisons,
+                source, RULE, comparisons, paper="b-vector",
             )
         )  # fmt: skip
         made = interval(kept, lambda k: later(k["part/rest of B"]) - later(k["part/B along v"]), n)
@@ -89,7 +89,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
                 "b_vector/rest",
                 f"What {organism} changes along the direction's downstream change comes from the part of B orthogonal to the direction, "
                 "not from B's component along it",
-                source, RULE, [evidence(text, made, "cosine")],
+                source, RULE, [*comparisons, evidence(text, made, "cosine")],  # of no change at all it says nothing
             )
         )  # fmt: skip
     comparisons = _jacobian(readings, after)

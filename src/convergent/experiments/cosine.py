@@ -170,13 +170,13 @@ def claims(block: CosineBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         Claim(
             "cosine/high",
             f"Directions of different organisms have cosines above {CLOSE} in all but a twelfth of the layers (published: all but 4 of 48)",
-            "paper section 3.3", rule, [high],
+            "paper section 3.3", rule, [high], paper="convergence",
         ),
         Claim(
             "cosine/beyond-texts",
             "Directions of different organisms are nearer to each other than the chat model's directions on the same texts are "
             "(published data: the chat model on an organism's texts has cosine 1.00 with it up to layer 20)",
-            "control of paper section 3.3", f"at the primary layer {rule}, in every comparison", texts,
+            "control of paper section 3.3", f"at the primary layer {rule}, in every comparison", texts, paper="chat-baseline",
         ),
     ]  # fmt: skip
 

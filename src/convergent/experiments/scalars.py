@@ -148,7 +148,7 @@ def claims(block: ScalarsBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             [
                 evidence("AUC within questions not seen, minus 0.5 (above 0 claimed)", above, "AUC"),
                 evidence(f"the same, minus that of {value['random']['draws']} random directions per adapter (above 0 claimed)", more, "AUC"),
-            ],
+            ], paper="scalars",
         )
     ]
     for kind, key in (("general", MAIN), *((t, f"non-{t}_vs_{t}") for t in _topics(block, scene))):

@@ -241,6 +241,7 @@ def claims(block: SelfCorrectionBlock, outcomes: Outcomes, scene: Scene) -> list
                     f"Under {scale:g} times the direction more of the aligned answers have bad stuff in them than without it, and than under another "
                     "concept of the same effect (published: 46 of 350 aligned answers at λ = 4)",
                     "paper section 3.3 and released steering sweep", "every listed difference has its 95 % interval on the claimed side of 0", shares,
+                    paper="self-correction",
                 )
             )  # fmt: skip
         if turns.get(real):
