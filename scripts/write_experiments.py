@@ -37,7 +37,7 @@ def main() -> None:
             continue
         mine = [c for c in claims if c["experiment"] == name]
         seen = "\n".join([f"{HEADING}\n", source(options.study, study), "", *table(mine), "", times(options.study, name), ""])
-        page.write_text(re.sub(rf"{HEADING}\n.*?(?=\n## |\Z)", lambda _: seen, text, flags=re.DOTALL), encoding="utf-8")
+        page.write_text(re.sub(rf"{HEADING}\n.*?(?=\n## |\Z)", lambda _, seen=seen: seen, text, flags=re.DOTALL), encoding="utf-8")
         print(f"wrote {page}: {len(mine)} claims")
 
 
@@ -58,7 +58,7 @@ def table(claims: list[dict[str, Any]]) -> list[str]:
         return ["This study decided no claim of it: what it needs was not there (see the notes of the report)."]
     rows = ["| Claim | Verdict | First comparison | Comparisons: for, against, open |", "|---|---|---|---|"]
     for c in claims:
-        votes = [e["supports"] for e in c["evidence"]]
+        votes = [e["supports"] for e in c["evidence"] if e.get("decides", True)]
         counts = ", ".join(str(votes.count(v)) for v in ("held", "did not hold", "undecided"))
         rows.append(f"| {c['claim']} | **{c['verdict']}** | {shown(c['evidence'][0]) if votes else ''} | {counts} |")
     return rows

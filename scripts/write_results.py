@@ -27,7 +27,8 @@ def main(folders: list[Path]) -> None:
     block = "<!-- results:begin -->\n" + claim_table(claims, seeds) + "\n<!-- results:end -->"
     readme.write_text(re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda m: block, text, flags=re.S), encoding="utf-8")
     parts = [
-        "# Results at 135M\n\nWritten by `scripts/write_results.py` from finished studies; nothing here is typed by hand.\n",
+        "# Results at 135M\n\nWritten by `scripts/write_results.py` from finished studies; nothing here is typed by hand. "
+        f"Judge: {', '.join(dict.fromkeys(_judge(f) for f in folders))}.\n",
         "## Verdicts by seed\n\n" + claim_table(claims, seeds),
     ]
     for folder, seed in zip(folders, seeds, strict=True):
@@ -35,6 +36,11 @@ def main(folders: list[Path]) -> None:
     parts.append(f"## Evidence, seed {seeds[0]}\n\n" + evidence(claims[0]))
     parts.append("## Directions\n\n" + geometry(first))
     (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _judge(folder: Path) -> str:
+    name: str = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["judge"]
+    return name.partition("#")[0]
 
 
 def claim_table(claims: list[list[dict[str, Any]]], seeds: list[int]) -> str:
