@@ -29,7 +29,11 @@ demo: $(STAMP)
 
 # One worker per core, each with one thread: two threads of a tiny model mostly wait for each other.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# The real model, twenty seeds of a twin, whole studies of the paper on a tiny base: CI runs these too.
+slow: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check src tests scripts benchmarks
