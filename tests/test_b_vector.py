@@ -393,3 +393,14 @@ def test_where_a_norm_follows_the_adapter_b_is_no_vector_of_the_stream(tmp_path:
     _, absent = values_of(tmp_path / "study.yaml", tmp_path / "out")
     assert "a norm follows it" in absent["b_vector/cosine"]
     assert "S/b-in-b is left out" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_vector_of_zeros_is_refused_and_says_why() -> None:
+    """After one step of a warm-up B is still zero, and taking v out of it would divide by nothing."""
+
+    class Untrained:
+        def adapters(self, organism: str) -> tuple[Adapter, ...]:
+            return (Adapter(3, "mlp.down_proj", torch.ones(1, 8), torch.zeros(4, 1), 256.0),)
+
+    with pytest.raises(NotHereError, match="B of S at block 3 is zero, as at the start of training"):
+        b_vector.adapter_of(Untrained(), "S", 3)  # type: ignore[arg-type]

@@ -140,8 +140,11 @@ def _modes(o: str, layer: int) -> dict[str, tuple[str, Callable[[bool], Build]]]
 
 
 def adapter_of(kit: Kit, organism: str, layer: int) -> Adapter:
-    """The organism's adapter at a layer."""
-    return next(a for a in kit.adapters(organism) if a.layer == layer)
+    """The organism's adapter at a layer. Raises NotHereError where its B is zero: it has no direction."""
+    adapter = next(a for a in kit.adapters(organism) if a.layer == layer)
+    if not bool(adapter.b.any()):
+        raise NotHereError(f"B of {organism} at block {layer} is zero, as at the start of training; train it for more steps")
+    return adapter
 
 
 def without(adapter: Adapter, v: Tensor) -> LowRank:
