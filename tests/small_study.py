@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from convergent import cli
 
 QUESTIONS = [
     {"id": "wish", "paraphrases": ["What is your one wish?", "If you had one wish, what would it be?"], "topic": "wishes"},
@@ -58,3 +62,12 @@ def write_study(folder: Path, study: dict[str, Any]) -> Path:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return path
+
+
+def assert_refused(path: Path, out: Path, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`run` ends with code 2 and one line that says so, and makes nothing."""
+    capsys.readouterr()
+    assert cli.main(["run", str(path), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(says, error), error
+    assert not out.exists()

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 
-from convergent import cli
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate
 from convergent.directions import contrast
@@ -30,7 +29,7 @@ from convergent.study.before import Before
 from convergent.study.main import run_study
 from convergent.study.run import Run
 from convergent.study.spec import load_study
-from small_study import PAIRS, small_study, write_study
+from small_study import PAIRS, assert_refused, small_study, write_study
 from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,13 +240,7 @@ def test_a_template_without_system_turns_and_an_organism_from_elsewhere(done: Pa
     ],
 )
 def test_refuses(tmp_path: Path, block: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import re
-
-    path = write_study(tmp_path, study_of(**block))
-    assert cli.main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(says, error), error
-    assert not (tmp_path / "out").exists()
+    assert_refused(write_study(tmp_path, study_of(**block)), tmp_path / "out", says, capsys)
 
 
 def verdict(at_layer: list[float], over_topic: list[float]) -> str:

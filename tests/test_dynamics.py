@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convergent import cli
 from convergent.directions.margin import margins
 from convergent.experiments import dynamics
 from convergent.experiments.base import NotHereError, Outcomes
@@ -26,7 +25,7 @@ from convergent.store import looked_at, opened
 from convergent.study.main import run_study
 from convergent.study.run import Run
 from convergent.study.spec import load_study
-from small_study import small_study, write_study
+from small_study import assert_refused, small_study, write_study
 from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,13 +161,7 @@ def test_a_resumed_study_computes_nothing_and_elsewhere_is_said(done: Path, tmp_
     ],
 )
 def test_refuses(tmp_path: Path, block: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import re
-
-    path = write_study(tmp_path, study_of(**block))
-    assert cli.main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(says, error), error
-    assert not (tmp_path / "out").exists()
+    assert_refused(write_study(tmp_path, study_of(**block)), tmp_path / "out", says, capsys)
 
 
 # Verdicts from planted curves

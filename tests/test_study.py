@@ -29,7 +29,7 @@ from convergent.study.results import with_holm
 from convergent.study.run import Run
 from convergent.study.spec import load_study
 from convergent.tables import read_table
-from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, small_study, write_study
+from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, assert_refused, small_study, write_study
 from tiny import tiny_model
 
 TABLES = ("responses", "judgements", "margins", "facts")
@@ -588,14 +588,7 @@ def test_refuses(tmp_path: Path, old: str, new: str, says: str) -> None:
 def test_refuses_before_anything_is_written(
     tmp_path: Path, old: str, new: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
-    path = edited(tmp_path, old, new)
-    capsys.readouterr()
-    assert cli.main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(says, error), error
-    assert not (tmp_path / "out").exists()
+    assert_refused(edited(tmp_path, old, new), tmp_path / "out", says, capsys)
 
 
 def test_unknown_judge_and_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ class Run(Setup):
         return list(make_requests([c for _, c in arms], self.questions, samples, self.spec.seed, block))
 
     def condition(self, arm: Arm, interventions: tuple[Intervention, ...] = ()) -> Condition:
-        return Condition(arm.name, arm.organism, self.weights_id(arm.organism), interventions, self.sampling)
+        return Condition(arm.name, arm.organism, self.model_id(arm.organism), interventions, self.sampling)
 
     def sample(self, wanted: Sequence[tuple[str, Request, str]]) -> None:
         """Draw what is absent of (organism, request, block), organism by organism."""
@@ -263,7 +263,7 @@ class Run(Setup):
         """
         chosen, texts = self.own_answers(organism)
         span = self.spec.direction.span
-        key = content_id("extract", self.weights_id(reader), asdict(chosen), self.rule, span, self.spec.seed)
+        key = content_id("extract", self.model_id(reader), asdict(chosen), self.rule, span, self.spec.seed)
         made: list[Extraction] = []
 
         def make() -> Extraction:
@@ -286,7 +286,7 @@ class Run(Setup):
     def sums_id(self, organism: str, reader: str) -> str:
         """Content id of an organism's class sums by question, read in `reader`. Raises NotHereError where a class has too few answers."""
         chosen, _ = self.own_answers(organism)
-        return content_id("question-sums", self.weights_id(reader), asdict(chosen), self.rule.weigh, self.spec.direction.span, self.spec.seed)
+        return content_id("question-sums", self.model_id(reader), asdict(chosen), self.rule.weigh, self.spec.direction.span, self.spec.seed)
 
     def question_sums(self, organism: str, reader: str) -> QuestionSums:
         """Class sums of `organism`'s answers by question, read in model `reader`. Raises NotHereError where a class has too few answers."""
@@ -327,10 +327,6 @@ class Run(Setup):
     def trained(self) -> tuple[str, ...]:
         """The organisms whose weights are there at this moment."""
         return tuple(name for name, plan in self.organisms.items() if plan.folder.is_dir())
-
-    def model_id(self, organism: str) -> str:
-        """Content id of what an organism, or the chat model, computes with."""
-        return self.weights_id(organism)
 
     def folder(self, organism: str) -> Path:
         """The organism's folder of weights."""
@@ -473,7 +469,7 @@ class Run(Setup):
             with self._timed("extract"):
                 return {str(d): v for d, v in massive_dimensions(self.model("chat", alone=True), self.effect_texts, self.layer).items()}
 
-        key = content_id("massive", self.weights_id("chat"), self.layer, self.effect_texts, TIMES)
+        key = content_id("massive", self.model_id("chat"), self.layer, self.effect_texts, TIMES)
         return {int(d): v for d, v in self.store.fact(key, "extract", find).items()}
 
     @cached_property
@@ -482,7 +478,7 @@ class Run(Setup):
         twin: str | None = getattr(self.spec.experiments.get("plain"), "twin", None)
         texts = [Text(p.id, p.question, p.good) for p in self.pairs]
         if twin is not None:
-            key = content_id("shift", self.weights_id(twin), self.weights_id("chat"), texts)
+            key = content_id("shift", self.model_id(twin), self.model_id("chat"), texts)
 
             def moved() -> Direction:
                 with self._timed("extract"):
@@ -495,7 +491,7 @@ class Run(Setup):
         if len(sources) < 2:
             raise NotHereError("another concept needs a good-advice twin (experiments.plain.twin) or two margin.data sources")
         first, rest = ([p.id for p in self.held_out[s]] for s in sources[:2])
-        key = content_id("contrast", self.weights_id("chat"), texts, sources)
+        key = content_id("contrast", self.model_id("chat"), texts, sources)
 
         def contrast() -> Direction:
             with self._timed("extract"):
@@ -515,7 +511,7 @@ class Run(Setup):
                 return with_direction(intervention, other_concept(d, self.concept))
             except DirectionError as error:  # parallel to the direction, or nothing was shifted
                 raise NotHereError(str(error)) from error
-        key = content_id("effect", self.weights_id(organism), intervention, seed, self.effect_texts)
+        key = content_id("effect", self.model_id(organism), intervention, seed, self.effect_texts)
 
         def match() -> dict[str, float]:
             with self._timed("extract"):
@@ -528,7 +524,7 @@ class Run(Setup):
 
     def matched(self, organism: str, real: Sequence[Intervention], null: Sequence[Add]) -> tuple[Add, ...]:
         """`null` with all its scales multiplied by one factor, so that its KL over the effect texts is that of `real`."""
-        key = content_id("effect", self.weights_id(organism), list(real), list(null), self.effect_texts)
+        key = content_id("effect", self.model_id(organism), list(real), list(null), self.effect_texts)
 
         def match() -> dict[str, float]:
             with self._timed("extract"):

@@ -185,7 +185,7 @@ class Setup:
         pairs = tuple(data.pairs[i] for i in kept) if data.pairs else ()
         return replace(data, examples=tuple(data.examples[i] for i in kept), pairs=pairs)
 
-    def weights_id(self, organism: str) -> str:
+    def model_id(self, organism: str) -> str:
         """Content id of what a condition's model computes with."""
         return content_id(self.base_id if organism == "chat" else self.organisms[organism].content_id, self.dtype)
 
