@@ -318,7 +318,7 @@ def one_adapter_study(base: Path, folder: Path, **block: Any) -> dict[str, Any]:
     study = small_study(base)
     study["organisms"] = {"S": {"path": str(folder)}}
     study["direction"]["source"] = "S"
-    study["experiments"] = {"plain": {}, "b_vector": {"jacobian_texts": 4, "jacobian_random": 3, **block}}
+    study["experiments"] = {"plain": {}, "b_vector": {"jacobian_texts": 4, "jacobian_random": 19, **block}}
     return study
 
 
@@ -382,7 +382,7 @@ def test_another_seed_or_setting_is_another_reading(finished: tuple[Path, Path],
             run = Run(load_study(changed), store, compute=False)
             return [run.reading_key(r) for r in run.readings]
 
-    assert keys() == keys() and not set(keys()) & set(keys(jacobian_random=4))
+    assert keys() == keys() and not set(keys()) & set(keys(jacobian_random=20))
 
 
 def test_where_a_norm_follows_the_adapter_b_is_no_vector_of_the_stream(tmp_path: Path) -> None:

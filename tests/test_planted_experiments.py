@@ -19,18 +19,24 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"no experiment {', '.join(missing)}")
 
 
-def verdicts(
+def outcome(
     folder: Path, p: Planted, source: str, others: tuple[str, ...], experiments: dict[str, Any], *, quantile: bool = False, judge: WordJudge | None = None
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """(claim -> verdict, reading -> value) of a study, without the claims of `plain`."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(claim, reading -> value) of a study, without the claims of `plain`."""
     study = planted_study(p, source, others, seed=p.seed, experiments=experiments)
     if quantile:
         study["direction"]["classes"] = {"by": "quantile"}
     with ran(folder, study, judge) as (run, results):
-        return {c["id"]: c["verdict"] for c in results.claims if not c["id"].startswith("misaligned")}, run.values()[0]
+        return {c["id"]: c for c in results.claims if not c["id"].startswith("misaligned")}, run.values()[0]
 
 
-B_VECTOR = {"b_vector": {"random": 100, "texts": 16, "jacobian_texts": 8, "jacobian_random": 4}}
+def verdicts(*args: Any, **kwargs: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """`outcome` with the claims' verdicts alone."""
+    found, values = outcome(*args, **kwargs)
+    return {i: c["verdict"] for i, c in found.items()}, values
+
+
+B_VECTOR = {"b_vector": {"random": 100, "texts": 16, "jacobian_texts": 8, "jacobian_random": 19}}
 
 
 @needs("b_vector")
@@ -54,8 +60,11 @@ def test_b_vector_finds_nothing_in_a_twin(tmp_path: Path) -> None:
 def test_subspace_finds_the_plane(tmp_path: Path) -> None:
     """One dimension read in two organisms of a plane is not enough for the third, two are."""
     block = {"held_out": ["left"], "ks": [1, 2, 3], "control_ks": [], "sampled_k": [2]}
-    found, values = verdicts(tmp_path, planted(0), "left", ("middle", "right"), {"subspace": block})
-    assert found == {"subspace/more/left": "held", "subspace/one/left": "did not hold"}
+    claims, values = outcome(tmp_path, planted(0), "left", ("middle", "right"), {"subspace": block})
+    assert claims["subspace/one/left"]["verdict"] == "did not hold"
+    said = {e["text"]: e["supports"] for e in claims["subspace/more/left"]["evidence"]}
+    # On neutral texts the organism does little, so what its removal does there is near 0 on either side.
+    assert {v for t, v in said.items() if "KL" not in t} == {"held"} and len(said) == 8, said
     share = values["subspace/left"]["own_share"]["others"]
     assert share[0] < 0.8 and share[1] > 0.9
 
