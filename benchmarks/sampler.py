@@ -16,8 +16,9 @@ import torch
 
 from convergent.core.values import Condition, Question, Sampling
 from convergent.models.load import ChatModel, load_base
+from convergent.sampling.lane import Tally
 from convergent.sampling.requests import make_requests
-from convergent.sampling.sampler import Tally, sample
+from convergent.sampling.sampler import sample
 from convergent.study.results import machine, versions
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+import convergent.sampling.lane as lane
 import convergent.sampling.sampler as sampler
 from convergent.core.ids import seed, uniforms
 from convergent.core.interventions import Ablate, AblateSubspace, Add
@@ -22,9 +24,11 @@ from convergent.interventions.hooks import applied
 from convergent.models.anatomy import inspect_model
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
+from convergent.sampling import invariance
 from convergent.sampling.draw import draw
+from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
-from convergent.sampling.sampler import Tally, rows_are_invariant, sample
+from convergent.sampling.sampler import sample
 from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
@@ -90,11 +94,12 @@ def test_all_rows_together_equal_each_alone(reference, n_rows):
 
 @pytest.mark.parametrize("panel", ["panel", "alone"])
 def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypatch, panel):
-    if panel == "panel":
-        monkeypatch.setattr(sampler, "rows_are_invariant", lambda *args, **kwargs: False)
-        assert sampler._panel_size(tiny_chat(), 40) == sampler.PANEL
-    else:
-        monkeypatch.setattr(sampler, "_panel_size", lambda *args: 1)
+    monkeypatch.setattr(invariance, "_known", {})
+    monkeypatch.setattr(invariance, "rows_are_invariant", lambda *args: False)
+    if panel == "alone":
+        monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: False)
+    expected = invariance.Shape(32, 32) if panel == "panel" else invariance.Shape(1, 1)
+    assert invariance.shape_of(tiny_chat(), 40) == expected
     chat = tiny_chat()
     everything = requests(chat)[:: 1 if panel == "panel" else 5]
     shuffled = random.Random(0).sample(everything, len(everything))
@@ -106,14 +111,15 @@ def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypat
 
 def test_probe_finds_a_product_that_depends_on_the_number_of_rows(monkeypatch):
     chat = tiny_chat()
-    assert rows_are_invariant(chat)
+    assert invariance.rows_are_invariant(chat, 64, 16)
     linear = torch.nn.functional.linear
 
     def rounding_by_size(x, w, *args):
-        return linear(x, w, *args) + (1e-6 if len(x) == sampler.MIN_ROWS + 1 else 0.0)
+        return linear(x, w, *args) + (1e-6 if len(x) == 17 else 0.0)
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounding_by_size)
-    assert not rows_are_invariant(chat)
+    assert not invariance.rows_are_invariant(chat, 64, 16)
+    assert invariance._probe(chat, 64) == invariance.Shape(4)  # which never sees so many rows
 
 
 @pytest.mark.parametrize(("family", "config"), [(f, {}) for f in FAMILIES] + list(SLIDING))
@@ -135,6 +141,67 @@ def test_other_families_keep_the_promise(family):
     everything = requests(chat, samples=1, max_new_tokens=6)
     alone = [tokens(chat, [r], 1)[0] for r in everything]
     assert tokens(chat, everything, 9) == alone
+
+
+@pytest.fixture
+def cores():
+    """Sets how many cores torch believes in."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("n_cores", "n_lanes"), [(2, 2), (3, 3), (16, 6)])
+def test_lanes_give_what_one_gives(reference, cores, n_cores, n_lanes):
+    """Lanes share a queue and the prompts that were read; each has its own cache, rows and thread."""
+    cores(n_cores)
+    chat = tiny_chat()
+    everything = requests(chat, samples=12)
+    assert sampler.lanes_for(chat, len(everything)) == (n_lanes, 2 if n_cores > 8 else 1)
+    tally = Tally()
+    found = sample(chat, everything, n_rows=200, tally=tally)
+    assert torch.get_num_threads() == n_cores
+    assert [r.id for r in found] == [r.id for r in everything]
+    assert {r.id: r.token_ids for r in found if r.id in reference} == reference
+    assert (tally.answers, tally.tokens) == (len(everything), sum(len(r.token_ids) for r in found))
+    shared = {(r.condition.content_id, r.question) for r in everything}
+    assert tally.prefilled == sum(len(encode_prompt(chat.tokenizer, q)) for _, q in shared)
+
+
+def test_an_error_in_one_lane_ends_all(cores, monkeypatch):
+    cores(2)
+    chat = tiny_chat()
+    arrived = []
+    decode = lane.Lane._decode
+
+    def fails(self, rows):
+        if len(arrived) > 3:
+            raise ModelError("broken")
+        return decode(self, rows)
+
+    monkeypatch.setattr(lane.Lane, "_decode", fails)
+    with pytest.raises(ModelError, match="broken"):
+        sample(chat, requests(chat, samples=12), arrived.append, n_rows=64)
+    assert not [t for t in threading.enumerate() if t.name == "sampler-lane"] and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch, error):
+    chat = tiny_chat()
+    decode = lane.Lane._decode
+
+    def fails(self, rows):
+        if len(self.active) > 9:
+            raise error
+        return decode(self, rows)
+
+    monkeypatch.setattr(lane.Lane, "_decode", fails)
+    tally = Tally()
+    found = sample(chat, requests(chat), n_rows=32, tally=tally)
+    assert {r.id: r.token_ids for r in found} == reference and tally.halved == 2
+    monkeypatch.setattr(lane.Lane, "_decode", lambda self, rows: (_ for _ in ()).throw(error))
+    with pytest.raises(ModelError, match="out of memory with a single row"):
+        sample(chat, requests(chat)[:3], n_rows=2)
 
 
 def test_every_step_by_hand():
@@ -254,7 +321,7 @@ def test_a_model_with_its_own_attention_is_refused():
 def drawn(logits: torch.Tensor, u: float | torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> list[int]:
     rows = len(logits)
     u = torch.full((rows,), u, dtype=torch.float64) if isinstance(u, float) else u
-    return draw(logits, torch.full((rows,), temperature, dtype=torch.float64), torch.full((rows,), top_p, dtype=torch.float64), u).tolist()
+    return draw(logits, [temperature] * rows, [top_p] * rows, u)
 
 
 @pytest.mark.parametrize(("vocabulary", "temperature"), [(3, 1.0), (256, 0.5), (777, 1.0), (5000, 2.0)])
@@ -287,8 +354,13 @@ def test_draw_top_p():
     ties = torch.zeros(1, 4)
     assert {drawn(ties, u, top_p=0.3)[0] for u in grid} == {0, 1, 2, 3}  # equals are not told apart by their number
     rows = torch.cat([logits, logits])
-    mixed = draw(rows, torch.ones(2, dtype=torch.float64), torch.tensor([0.1, 1.0], dtype=torch.float64), torch.tensor([0.97, 0.97], dtype=torch.float64))
-    assert mixed.tolist() == [0, 3]
+    assert draw(rows, [1.0, 1.0], [0.1, 1.0], torch.tensor([0.97, 0.97], dtype=torch.float64)) == [0, 3]
+
+
+def test_draw_finds_a_nucleus_wider_than_its_first_look():
+    logits = torch.cat([torch.zeros(3000), torch.full((2000,), -0.01)])[None]  # 2,990 or so of the first make 0.6
+    found = {drawn(logits, i / 2000, top_p=0.6)[0] for i in range(2000)}
+    assert max(found) < 3000 and len(found) > 1900
 
 
 @settings(max_examples=100, deadline=None)
@@ -314,8 +386,7 @@ def test_draw_at_the_ends_and_greedy():
     assert drawn(logits, 0.0) == [7] and drawn(logits, 1 - 2.0**-53) == [511]
     logits[0, 300] = 1.0
     assert drawn(logits, 0.99, temperature=0.0) == [300]
-    mixed = draw(logits.expand(2, -1), torch.tensor([0.0, 1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64), torch.full((2,), 0.99, dtype=torch.float64))
-    assert mixed.tolist() == [300, 511]
+    assert draw(logits.expand(2, -1), [0.0, 1.0], [1.0, 1.0], torch.full((2,), 0.99, dtype=torch.float64)) == [300, 511]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

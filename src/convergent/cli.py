@@ -115,7 +115,7 @@ def sample(
     layer: Annotated[Optional[int], typer.Option(help="Layer for --add; with --ablate that layer's vector everywhere.")] = None,
     scale: Annotated[float, typer.Option(help="Steering coefficient of --add.")] = 1.0,
     site: Annotated[str, typer.Option(help="Site of --ablate: block_output or all_writes.")] = "block_output",
-    rows: Annotated[int, typer.Option(help="Batch rows.", min=1)] = 128,
+    rows: Annotated[int, typer.Option(help="Batch rows.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
 ) -> None:
     """Sample answers from the chat model or an organism, under interventions if asked."""

@@ -8,6 +8,7 @@ computed for its own rows alone, at its linear layer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -69,17 +70,23 @@ def _through(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Rows:
-    """Interventions in force, with the condition of each row of the next forward pass."""
+    """Interventions in force, with the condition of each row of the next forward pass; every thread has its own."""
 
     def __init__(self, n_conditions: int, device: torch.device) -> None:
         self.n_conditions = n_conditions
         self.device = device
-        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        self._first = torch.zeros(1, dtype=torch.long, device=device)
+        self._mine = threading.local()
+
+    @property
+    def index(self) -> Tensor:
         """(rows,) condition of each row; a single entry serves all rows."""
+        found: Tensor = getattr(self._mine, "index", self._first)
+        return found
 
     def set(self, conditions: Sequence[int] | Tensor) -> None:
-        """Say which condition each row of the next forward passes belongs to."""
-        self.index = torch.as_tensor(conditions, dtype=torch.long, device=self.device)
+        """Say which condition each row of this thread's next forward passes belongs to."""
+        self._mine.index = torch.as_tensor(conditions, dtype=torch.long, device=self.device)
 
 
 @contextmanager

@@ -99,6 +99,12 @@ class SlotCache:
             self.keys[layer][row, :, :n_tokens] = keys[0, :, :n_tokens]
             self.values[layer][row, :, :n_tokens] = source.values[layer][0, :, :n_tokens]
 
+    def move(self, source: int, target: int, n_tokens: int) -> None:
+        """Copy the first `n_tokens` positions of row `source` to row `target`."""
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[target, :, :n_tokens] = tensor[source, :, :n_tokens]
+
     # What transformers asks of a cache when it prepares masks and positions.
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -55,8 +55,9 @@ from convergent.organisms.load import load_organism
 from convergent.organisms.manifest import MANIFEST
 from convergent.organisms.steps import KeptSteps, Spacing, read_steps
 from convergent.organisms.train import Progress, train
+from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
-from convergent.sampling.sampler import Tally, sample
+from convergent.sampling.sampler import sample
 from convergent.store import Store
 from convergent.study.before import Before
 from convergent.study.setup import RUBRICS, OrganismPlan, Say, Setup

@@ -84,7 +84,7 @@ class SamplingSpec(_Spec):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=600, ge=1)
-    rows: int = Field(default=128, ge=1)
+    rows: int = Field(default=256, ge=1)
     """Batch rows; bounds memory, changes no answer."""
 
 

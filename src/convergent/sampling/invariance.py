@@ -1,0 +1,103 @@
+"""Whether this machine's kernels give a row of a batch the same bits whatever the other rows are, by trying.
+
+It holds for common BLAS libraries once a product has a few rows, fewer in one thread than in several. Where it does not hold for any number of
+rows, it may for one fixed number (a panel); and a row alone always is what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convergent.models.load import ChatModel
+from convergent.sampling.cache import SPAN, attending, attention
+
+LEAST = (4, 16)
+"""Numbers of rows from which on products may be alike, in order of preference."""
+PANEL = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many rows a forward pass may have."""
+
+    least: int
+    """Rows are filled up to so many."""
+    panel: int | None = None
+    """The only number allowed, or None for any from `least` on."""
+
+
+_known: dict[tuple[object, ...], Shape] = {}
+
+
+def shape_of(model: ChatModel, n_rows: int) -> Shape:
+    """The shape for batches of up to `n_rows`, probed once per process for models of the same sizes."""
+    like = next(model.model.parameters())
+    sizes = tuple(sorted({tuple(m.weight.shape) for m in model.model.modules() if isinstance(m, torch.nn.Linear)}))
+    key = (sizes, _heads(model), like.dtype, str(like.device), torch.get_num_threads(), n_rows)
+    if key not in _known:
+        _known[key] = _probe(model, n_rows)
+    return _known[key]
+
+
+def _probe(model: ChatModel, n_rows: int) -> Shape:
+    for least in LEAST:
+        if rows_are_invariant(model, n_rows, least):
+            return Shape(least)
+    if _linears_are_invariant(model, PANEL, ()) and _attention_is_invariant(model, (PANEL,)):
+        return Shape(PANEL, PANEL)
+    return Shape(1, 1)
+
+
+@torch.inference_mode()
+def rows_are_invariant(model: ChatModel, n_rows: int, least: int) -> bool:
+    """Whether matrix products of this model give a row the same bits for any number (>= `least`) and order of rows.
+
+    Tried on every distinct shape of linear layer, and on attention over spans of several lengths.
+    """
+    most = max(64, n_rows)
+    sizes = sorted({least, least + 1, least + 5, most // 2, most - 1})
+    return _linears_are_invariant(model, most, sizes) and _attention_is_invariant(model, (least, 2 * least + 1, 32))
+
+
+def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) -> bool:
+    """Whether linear layers give the same bits for `n_rows` rows, for these in reverse, and for the first m of `sizes`."""
+    weights = {tuple(m.weight.shape): m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+    for weight in weights.values():
+        x = _counted(n_rows, weight.shape[1]).to(weight)
+        y = torch.nn.functional.linear(x, weight)
+        if not torch.equal(torch.nn.functional.linear(x.flip(0), weight).flip(0), y):
+            return False
+        if not all(torch.equal(torch.nn.functional.linear(x[:m], weight), y[:m]) for m in sizes):
+            return False
+    return True
+
+
+def _heads(model: ChatModel) -> tuple[int, int, int]:
+    """(query heads, key-value heads, head dimension)."""
+    text = model.model.config.get_text_config()
+    n_heads = text.num_attention_heads
+    return n_heads, getattr(text, "num_key_value_heads", None) or n_heads, getattr(text, "head_dim", None) or text.hidden_size // n_heads
+
+
+def _attention_is_invariant(model: ChatModel, sizes: Sequence[int]) -> bool:
+    """Whether attention gives a row the same bits for several numbers of rows and of slots beyond its own."""
+    n_heads, n_kv, d = _heads(model)
+    like = next(model.model.parameters())
+    rows, longest = max(sizes), 5 * SPAN
+    q = _counted(rows, n_heads, 1, d).to(like)
+    k, v = _counted(rows, n_kv, longest, d).to(like), _counted(rows, n_kv, longest, d).flip(0).to(like)
+    found = []
+    for n in sizes:
+        with attending(torch.full((n, 1), SPAN - 2, device=like.device)):
+            found += [attention(torch.nn.Module(), q[:n], k[:n, :, :s], v[:n, :, :s], None)[0] for s in (SPAN, 2 * SPAN, longest)]
+    return all(torch.equal(f[: min(sizes)], found[0][: min(sizes)]) for f in found)
+
+
+def _counted(*shape: int) -> Tensor:
+    """Numbers in [-1, 1] without pattern or random state."""
+    return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 0.7310585).view(shape)

@@ -1,0 +1,242 @@
+"""One lane of the sampler: its rows, their cache, and the loop that decodes them.
+
+A lane takes requests from a queue that it may share with other lanes, refills a place as soon as its row ends, and yields answers as they
+come. Rows in use are always packed at the front of the cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convergent.core.ids import uniforms
+from convergent.core.values import Response
+from convergent.errors import ModelError
+from convergent.interventions.hooks import Rows
+from convergent.models.load import ChatModel
+from convergent.sampling.cache import SlotCache
+from convergent.sampling.draw import draw
+from convergent.sampling.invariance import Shape
+from convergent.sampling.requests import Request
+
+OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
+
+
+@dataclass(eq=False)
+class Row:
+    """A request under way."""
+
+    index: int
+    """Its place among all requests."""
+    request: Request
+    condition: int
+    prompt: tuple[int, ...]
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Where the latest token belongs."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+@dataclass
+class Tally:
+    """What a run of the sampler did."""
+
+    answers: int = 0
+    tokens: int = 0
+    prefilled: int = 0
+    halved: int = 0
+    """Times that memory did not suffice and a batch was halved."""
+
+    def add(self, other: Tally) -> None:
+        """Count what `other` counted too."""
+        self.answers += other.answers
+        self.tokens += other.tokens
+        self.prefilled += other.prefilled
+        self.halved += other.halved
+
+
+Prompt: TypeAlias = tuple[int, tuple[int, ...]]
+"""A condition's number and the prompt's tokens."""
+Start: TypeAlias = tuple[SlotCache, Tensor]
+"""Cache of one row and (1, vocabulary) logits after the prompt."""
+
+
+class Work:
+    """What is to be answered, shared by the lanes: requests in order, and the prompts that were read for them."""
+
+    def __init__(self, rows: Sequence[Row], n_lanes: int) -> None:
+        # Requests that share condition and prompt follow each other, so that one prefill serves them all.
+        self.rows = deque(sorted(rows, key=lambda r: (r.condition, r.request.question, r.request.system)))
+        self.longest = max((len(r.prompt) + r.request.condition.sampling.max_new_tokens for r in rows), default=1)
+        self.stopped = threading.Event()
+        self._kept = 2 * n_lanes
+        self._starts: OrderedDict[Prompt, Future[Start]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self) -> Row | None:
+        """The next request, or None."""
+        with self._lock:
+            return self.rows.popleft() if self.rows and not self.stopped.is_set() else None
+
+    def give_back(self, rows: Sequence[Row]) -> None:
+        """Requests to begin anew: the same tokens come again, as each is drawn by its own numbers."""
+        for row in rows:
+            row.tokens.clear()
+        with self._lock:
+            self.rows.extendleft(reversed(rows))
+
+    def start(self, prompt: Prompt, read: Callable[[], Start]) -> Start:
+        """The prompt's cache and logits: by `read` the first time it is asked for, by whichever lane."""
+        with self._lock:
+            future = self._starts.get(prompt)
+            mine = future is None
+            if future is None:
+                future = self._starts[prompt] = Future()
+                while len(self._starts) > self._kept:
+                    self._starts.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(read())
+            except BaseException as error:
+                with self._lock:
+                    self._starts.pop(prompt, None)
+                future.set_exception(error)
+                raise
+        return future.result()
+
+
+class Lane:
+    """Up to `n_rows` rows of one model."""
+
+    def __init__(self, model: ChatModel, work: Work, n_rows: int, shape: Shape) -> None:
+        self.model, self.work, self.shape, self.limit = model, work, shape, n_rows
+        self.tally = Tally()
+        self.active: list[Row] = []
+        self.cache = self._cache()
+
+    def _cache(self) -> SlotCache:
+        step = self.shape.panel or self.shape.least
+        return SlotCache(math.ceil(self.limit / step) * step, self.work.longest)
+
+    def go(self, rows: Rows) -> Iterator[tuple[int, Response]]:
+        """(place among all requests, response) of every answer, until no request is left."""
+        while not self.work.stopped.is_set():
+            try:
+                while len(self.active) < self.limit and (row := self.work.take()) is not None:
+                    self.active.append(row)
+                    prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
+                    self.cache.copy_row(prefilled, len(self.active) - 1, len(row.prompt))
+                    yield from self._extend([len(self.active) - 1], logits)
+                if not self.active:
+                    return
+                yield from self._extend(list(range(len(self.active))), self._decode(rows))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self._halve(error)
+
+    def _halve(self, error: RuntimeError) -> None:
+        """Go on with half as many rows; those under way begin anew."""
+        if self.limit == 1:
+            raise ModelError("sampling: out of memory with a single row; set sampling.max_new_tokens lower, or choose a smaller base") from error
+        self.work.give_back(self.active)
+        self.active.clear()
+        self.limit //= 2
+        self.tally.halved += 1
+        self.cache = self._cache()
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _read(self, row: Row, rows: Rows) -> Start:
+        """Cache and (1, vocabulary) logits after the prompt, from a pass over it alone."""
+        device, n = self.model.device, len(row.prompt)
+        cache = SlotCache(1, n)
+        positions = torch.arange(n, device=device)[None]
+        step = cache.begin(slice(0, 1), positions, n)
+        rows.set([row.condition])
+        logits = self._forward(torch.tensor([row.prompt], device=device), positions, cache)
+        if not step.stored or step.read != step.stored:
+            raise ModelError(OWN_ATTENTION.format(type(self.model.model).__name__))
+        self.tally.prefilled += n
+        return cache, logits
+
+    def _decode(self, rows: Rows) -> Tensor:
+        """(active, vocabulary) logits after the latest token of every active row."""
+        n = len(self.active)
+        size = self.shape.panel or max(n, self.shape.least)
+        parts = [self._decode_panel(start, size, rows) for start in range(0, n, size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:n]
+
+    def _decode_panel(self, start: int, size: int, rows: Rows) -> Tensor:
+        """(size, vocabulary) logits of the cache rows from `start` on; places without a request repeat token 0 at position 0."""
+        device = self.model.device
+        members = self.active[start : start + size]
+        idle = [0] * (size - len(members))
+        positions = [m.position for m in members] + idle
+        at = torch.tensor(positions, device=device)[:, None]
+        self.cache.begin(slice(start, start + size), at, max(positions) + 1)
+        rows.set([m.condition for m in members] + idle)
+        return self._forward(torch.tensor([m.tokens[-1] for m in members] + idle, device=device)[:, None], at, self.cache)
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+        model: Any = self.model.model
+        logits: Tensor = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
+
+    def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:
+        """Draw the next token of the rows at `places`; yield those that end and close the gaps they leave."""
+        members = [self.active[p] for p in places]
+        how = [m.request.condition.sampling for m in members]
+        numbers = uniforms(np.array([m.request.seed for m in members], dtype=np.uint64), np.array([len(m.tokens) for m in members]))
+        chosen = draw(logits, [s.temperature for s in how], [s.top_p for s in how], torch.from_numpy(numbers))
+        ended = []
+        for place, member, token in zip(places, members, chosen, strict=True):
+            stopped = token in self.model.stop_ids
+            if not stopped:
+                member.tokens.append(token)
+            if stopped or len(member.tokens) >= member.request.condition.sampling.max_new_tokens:
+                ended.append((place, "stop" if stopped else "length"))
+        for place, finish in reversed(ended):
+            row, last = self.active[place], self.active.pop()
+            if place < len(self.active):
+                self.active[place] = last
+                self.cache.move(len(self.active), place, last.position)
+            yield row.index, self._response(row, finish)
+
+    def _response(self, row: Row, finish: str) -> Response:
+        r = row.request
+        self.tally.answers += 1
+        self.tally.tokens += len(row.tokens)
+        return Response(
+            id=r.id,
+            condition=r.condition.name,
+            condition_id=r.condition.content_id,
+            question_id=r.question_id,
+            paraphrase=r.paraphrase,
+            sample=r.sample,
+            seed=r.seed,
+            system=r.system,
+            question=r.question,
+            response=self.model.tokenizer.decode(row.tokens, skip_special_tokens=True),
+            token_ids=tuple(row.tokens),
+            finish=finish,
+            topic=r.topic,
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that there is no more memory, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or (type(error) is RuntimeError and "allocate memory" in str(error))
