@@ -135,8 +135,8 @@ def test_greedy_equals_generate(family, config):
         assert found.finish == ("length" if stop is None else "stop")
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "phi3"])
-def test_other_families_keep_the_promise(family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_the_promise(family):
     chat = tiny_chat(family, **dict(SLIDING).get(family, {}))
     everything = requests(chat, samples=1, max_new_tokens=6)
     alone = [tokens(chat, [r], 1)[0] for r in everything]
@@ -204,9 +204,10 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch
         sample(chat, requests(chat)[:3], n_rows=2)
 
 
-def test_every_step_by_hand():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_by_hand(family):
     """Token t is drawn with number t of the row's own stream from the logits of a whole forward pass, without cache or batch."""
-    chat = tiny_chat()
+    chat = tiny_chat(family)
     wanted = [r for r in requests(chat, samples=1) if r.condition.name != "greedy"]
     for request, found in zip(wanted, sample(chat, wanted), strict=True):
         s = request.condition.sampling

@@ -236,6 +236,21 @@ def test_another_seed_for_one_organism_redoes_what_depends_on_it(copy: Path, no_
     assert len([n for n in made if n.startswith("B-")]) == 1 and len(made) == 3 and kept < things(out)  # B, read in B and in chat
 
 
+def test_profile_says_where_the_time_went(copy: Path, no_report: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of this run alone, and all of it."""
+    study = small_study(tiny_model())
+    study["questions"]["samples"] = SAMPLES + 1
+    path = write_study(copy, study)
+    assert cli.main(["run", str(path), "--out", str(copy / "out"), "--profile"]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("profile ") :].splitlines()
+    whole = float(table[0].split()[1])
+    stages = {line[:24].strip(): float(line[24:].split()[0]) for line in table[1:] if line.rstrip().endswith("%") and ":" not in line}
+    assert {"sample", "judge", "rest (models, report)"} <= set(stages) and "train" not in stages
+    assert sum(stages.values()) == pytest.approx(whole, abs=0.1 * len(table))
+    assert f"sampling: {2 * len(CONDITIONS)} answers" in table[-1] and table[-1].endswith("%")
+
+
 def test_another_twin_redoes_the_control_that_is_made_of_it(copy: Path, no_report: None) -> None:
     out = copy / "out"
     before = rows(out, "responses")

@@ -55,11 +55,12 @@ def run(
     changes: Annotated[
         Optional[list[str]], typer.Option("--set", metavar="PLACE=VALUE", help="Change a value of the file, such as base=FOLDER or organisms.*.examples=8.")
     ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
 ) -> None:
     """Plan and do a study; whatever is done already stays."""
     from convergent.study.main import run_study
 
-    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [])
+    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [], profile=profile)
 
 
 @app.command(epilog="Example: convergent experiments steer")

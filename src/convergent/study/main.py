@@ -18,6 +18,7 @@ from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
 from convergent.study.plan import Stage, estimate_memory, make_plan
+from convergent.study.profile import Profile
 from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
@@ -30,12 +31,18 @@ COPY = "study.json"
 
 
 def run_study(
-    path: str | Path, out: str | Path | None = None, plan_only: bool = False, fresh: Sequence[str] = (), only: Sequence[str] = (), changes: Sequence[str] = ()
+    path: str | Path,
+    out: str | Path | None = None,
+    plan_only: bool = False,
+    fresh: Sequence[str] = (),
+    only: Sequence[str] = (),
+    changes: Sequence[str] = (),
+    profile: bool = False,
 ) -> Path:
     """Do what is not done of a study and write its report. Returns the study folder.
 
     `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do (`plain` always is);
-    the report then shows these, and another run without it goes on with the rest. `changes`: see `load_study`.
+    the report then shows these, and another run without it goes on with the rest. `changes`: see `load_study`. `profile` prints at the end where the time went.
     """
     spec = _only(load_study(path, changes), only)
     unknown = [f for f in fresh if f not in STAGES]
@@ -61,6 +68,7 @@ def run_study(
         with guarded(folder):
             write_text(folder / COPY, json.dumps({"file": Path(path).name, "study": spec.model_dump(mode="json")}, indent=1))
         run = Run(spec, store, say=console.print, advance=_advance(bars))
+        watch = Profile(run)
         run.go()
         results = collect(run, Path(path).name)
         with guarded(folder):
@@ -70,6 +78,8 @@ def run_study(
         for claim in results.claims:
             console.print(f"{claim['verdict']:>12}  {claim['claim']}")
         console.print(f"report  {page}")
+        for line in watch.lines() if profile else ():
+            console.print(line)
     return folder
 
 

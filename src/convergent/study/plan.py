@@ -44,7 +44,7 @@ class Stage:
 
 def make_plan(run: Run) -> list[Stage]:
     """Stages with what is done and what is not. `run` must be one that may not compute."""
-    speed = _tokens_per_second(run)
+    speed = line_tokens_per_second(run)
     reading, sampling, training = (speed * EFFICIENCY[k] for k in ("read", "sample", "train"))
     stages = []
     for plan in run.organisms.values():
@@ -173,7 +173,7 @@ def estimate_memory(run: Run) -> Memory | None:
     return Memory(*(x / 1e9 for x in (m.parameters * size, cache, training)))
 
 
-def _tokens_per_second(run: Run) -> float:
+def line_tokens_per_second(run: Run) -> float:
     """What this machine's GEMM rate allows for one forward pass of the base; for a base that is not here, the rate that the study file tells."""
     if run.planned:
         return run.planned.tflops * 1e12 / (2 * run.planned.parameters)
