@@ -74,12 +74,12 @@ def stream_means(
     norms = torch.zeros(model.n_layers, dtype=torch.float64, device=device)
     # What each of a text's tokens counts, and once more with weight 1 for the norm.
     each = torch.cat([weights * (1.0 / lengths.clamp_min(1) if per == "responses" else 1.0), torch.ones(1, len(texts), dtype=torch.float64)]).to(device)
-    with torch.inference_mode(), applied(model.anatomy, interventions):
+    with torch.inference_mode():
         for batch in read_in_batches(model, [e.ids[: s.stop] for e, s in zip(encoded, spans, strict=True)], batch_tokens):
             share = torch.zeros(len(each), batch.n_tokens, dtype=torch.float64, device=device)
             for i, at in zip(batch.members, batch.at, strict=True):
                 share[:, at[spans[i]]] += each[:, i, None]  # a token may stand for several texts
-            with block_outputs(model.anatomy, _adder(sums, norms, share[:-1], share[-1])):
+            with applied(model.anatomy, interventions), block_outputs(model.anatomy, _adder(sums, norms, share[:-1], share[-1])):
                 run(model, batch)
             if on_batch is not None:
                 on_batch(len(batch.members))

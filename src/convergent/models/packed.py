@@ -181,8 +181,12 @@ class Batch:
 
 
 def read_in_batches(model: ChatModel, sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[Batch]:
-    """All texts in batches of at most `batch_tokens` tokens that are computed (one text at least). Call it inside `inference_mode`."""
+    """All texts in batches of at most `batch_tokens` tokens that are computed (one text at least).
+
+    Call it inside `inference_mode` and with no intervention or hook in force: what the model can do is tried first.
+    """
     device = model.device
+    _head_is_plain(model)
     if not packs(model):
         for members in batches([len(s) for s in sequences], batch_tokens):
             ids, mask = padded([sequences[i] for i in members], device)
@@ -319,3 +323,38 @@ def _agrees(model: ChatModel) -> bool:
         if any(float((h[at] - plain).float().norm() / plain.float().norm()) > allowed for h in (whole, again)):
             return False
     return True
+
+
+CHUNK = 64
+"""Rows of logits at a time: over 49k words they fit a CPU's cache."""
+
+
+def predictions(model: ChatModel, batch: Batch, at: Tensor, clean: int = 0, keep: Collection[int] = ()) -> Iterator[tuple[slice, Tensor]]:
+    """Logits (n, vocabulary) float32 or wider of what follows the tokens `at` of a batch, some at a time: (rows of `at`, logits). See `run`.
+
+    The head runs on those tokens only. Run all of it under the same interventions.
+    """
+    if _head_is_plain(model):
+        head: Any = model.anatomy.head
+        hidden = run(model, batch, clean=clean, keep=keep)[0].flatten(0, 1)[at]
+        chunks = ((slice(i, i + CHUNK), head(hidden[i : i + CHUNK])) for i in range(0, len(at), CHUNK))
+    else:
+        logits = run(model, batch, model.model, clean, keep).logits.flatten(0, 1)[at]
+        chunks = ((slice(i, i + CHUNK), logits[i : i + CHUNK]) for i in range(0, len(at), CHUNK))
+    for rows, part in chunks:
+        yield rows, part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+_plain_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def _head_is_plain(model: ChatModel) -> bool:
+    """Whether logits are head(hidden) and nothing more, tried on four tokens: families with a soft cap or a logit scale take the whole model."""
+    if model.model not in _plain_heads:
+        ids = torch.arange(1, 5, device=model.device)[None]
+        head = model.anatomy.head
+        _plain_heads[model.model] = head is not None and torch.equal(
+            head(model.anatomy.body(input_ids=ids, use_cache=False)[0]), model.model(input_ids=ids, use_cache=False).logits
+        )
+    return _plain_heads[model.model]
