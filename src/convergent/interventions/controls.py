@@ -137,7 +137,8 @@ def effect_matched(
 
     For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes.
     `along` is scaled in place of the random vector, if given. For an ablation random directions are added one by one to a subspace (bisection
-    over their number); see `AblateSubspace`. `effects`: of these texts in this model, if there are any. The best found is returned with the KL it reached, also if the tolerance is missed.
+    over their number); see `AblateSubspace`. `effects` of these texts in this model, if there are some.
+    The best found is returned with the KL it reached, also if the tolerance is missed.
     """
     effects = Effects(model, texts) if effects is None else effects
     target = effects.kl([intervention])

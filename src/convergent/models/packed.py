@@ -305,7 +305,7 @@ def packs(model: ChatModel) -> bool:
             _log.debug("%s: %s", type(model.model).__name__, error)
             _packs[model.model] = False
         if not _packs[model.model]:
-            _log.warning("%s: texts are read in padded batches, its attention or its blocks differ from those that packed ones know", type(model.model).__name__)
+            _log.warning("%s: texts are read in padded batches: its attention or its blocks are not what packed ones need", type(model.model).__name__)
     return _packs[model.model]
 
 

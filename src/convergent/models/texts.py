@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Text:
     """A question with an answer, as text or as the tokens that were sampled."""

@@ -103,6 +103,8 @@ class Run(Setup):
         for other in others:
             del self._models[other]
         if others:
+            if self._effects is not None and self._effects.model not in self._models.values():
+                self._effects = None
             _give_memory_back()
         if organism not in self._models:
             if organism == "chat":
@@ -547,14 +549,13 @@ class Run(Setup):
         return content_id("kl", condition.organism_id, list(condition.interventions), self.effect_texts)
 
     def _effects_of(self, organism: str) -> Effects:
-        """Of the effect texts in an organism; only the latest organism's are kept."""
-        model, i = self.model(organism, alone=True), self.model_id(organism)
-        if self._effects is None or self._effects[0] != i or self._effects[1].model is not model:
-            self._effects = None  # before the next is made: each holds its log-probabilities
-            self._effects = (i, Effects(model, self.effect_texts))
-        return self._effects[1]
+        """Of the effect texts in an organism; only the latest organism's are kept, and only as long as its model."""
+        model = self.model(organism, alone=True)
+        if self._effects is None or self._effects.model is not model:
+            self._effects = Effects(model, self.effect_texts)
+        return self._effects
 
-    _effects: tuple[str, Effects] | None = None
+    _effects: Effects | None = None
 
     @cached_property
     def read_id(self) -> str:
