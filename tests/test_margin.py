@@ -7,10 +7,11 @@ import torch
 
 from convergent.core.interventions import Ablate, Add
 from convergent.core.values import Pair
-from convergent.directions.margin import _plain_head, margins
+from convergent.directions.margin import margins
 from convergent.errors import DataError, DirectionError
 from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_prompt, encode_text
+from convergent.models.packed import _head_is_plain
 from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 PAIRS = [
@@ -53,9 +54,9 @@ def test_margin_by_hand(family, config):
 
 
 def test_heads_that_do_more_than_a_product_are_noticed():
-    assert _plain_head(tiny_chat())
-    assert not _plain_head(tiny_chat("gemma2", final_logit_softcapping=2.0))
-    assert not _plain_head(tiny_chat("cohere", logit_scale=0.25))
+    assert _head_is_plain(tiny_chat())
+    assert not _head_is_plain(tiny_chat("gemma2", final_logit_softcapping=2.0))
+    assert not _head_is_plain(tiny_chat("cohere", logit_scale=0.25))
 
 
 def test_swapping_the_answers_turns_the_sign():

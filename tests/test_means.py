@@ -62,9 +62,10 @@ def test_a_question_with_many_answers_is_read_once(family, span):
     total = sum(m.means[0] * m.n_tokens for m in alone) / sum(m.n_tokens for m in alone)
     assert_close(found.means[0], total, atol=1e-4, rtol=1e-4)
     assert found.n_tokens == sum(m.n_tokens for m in alone)
-    longest = max(len(encode_answer(chat.tokenizer, t.question, t.answer).ids) for t in texts)
-    assert tokens[0][0] == 1  # the question alone
-    assert all(n < longest for _, n, _ in tokens)
+    encoded = [encode_answer(chat.tokenizer, t.question, t.answer) for t in texts]
+    read = [e.ids[: span_of(e, span).stop] for e in encoded]
+    # A batch boundary splits a question at most.
+    assert len({r[: k + 1] for r in read for k in range(len(r))}) <= sum(n for _, n, _ in tokens) < 0.6 * sum(map(len, read)) and all(rows == 1 for rows, _, _ in tokens)
 
 
 def test_layer_numbering():

@@ -66,7 +66,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("worked again on what was done")
 
-    for name in ("train", "sample", "extract", "margins", "effect_matched", "kl_to_clean", "load_base", "load_organism"):
+    for name in ("train", "sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
         monkeypatch.setattr(run, name, refuse)
     yield
 

@@ -124,7 +124,7 @@ def test_nothing_is_computed_twice(done: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("worked again on what was done")
 
-    for name in ("sample", "extract", "margins", "effect_matched", "kl_to_clean", "load_base", "load_organism"):
+    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
         monkeypatch.setattr(run, name, refuse)
     monkeypatch.setattr(semantic, "per_answer", refuse)
     monkeypatch.setattr(self_correction, "token_logps", refuse)

@@ -47,7 +47,7 @@ def extract(
     span: Span = "answer",
     root_seed: int = 0,
     provenance: dict[str, Any] | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     on_batch: Callable[[int], None] | None = None,
 ) -> Extraction:
     """Class means in one streaming pass of `model` over the chosen texts, and their difference per layer.

@@ -13,7 +13,7 @@ from convergent import stats
 from convergent.core.values import Pair
 from convergent.directions.margin import margins
 from convergent.directions.scalars import labels
-from convergent.interventions.controls import answer_logprobs, kl_to_clean
+from convergent.interventions.controls import Effects
 from convergent.models.load import ChatModel
 from convergent.models.texts import Text
 from convergent.organisms.adapters import Adapter
@@ -32,8 +32,8 @@ def knockouts(organism: ChatModel, adapters: Sequence[Adapter], pairs: Sequence[
     found = np.full((len(which), len(pairs)), np.nan)
     for i, m in enumerate(margins(organism, pairs, conditions)):
         found[m.condition, i % len(pairs)] = m.margin
-    clean = answer_logprobs(organism, texts)
-    kls = [0.0, *(kl_to_clean(organism, clean, texts, c) for c in conditions[1:])]
+    effects = Effects(organism, texts)
+    kls = [0.0, *(effects.kl(c) for c in conditions[1:])]
     row_of = dict(zip(which, found, strict=True))
 
     def interval(d: np.ndarray) -> dict[str, Any]:

@@ -9,6 +9,7 @@ primary outcome. Length control: `margin_matched` uses only the first min(n_bad,
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,11 @@ from convergent.core.interventions import Intervention
 from convergent.core.values import Pair
 from convergent.directions.means import block_outputs
 from convergent.errors import DataError
-from convergent.interventions.hooks import applied_rows
+from convergent.interventions.hooks import applied, n_clean
 from convergent.models.chat import Encoded, encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.texts import Text, batches, padded
+from convergent.models.packed import Batch, predictions, read_in_batches
+from convergent.models.texts import Text
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def margins(
     batch_tokens: int = 1024,
     on_margin: Callable[[Margin], None] | None = None,
 ) -> list[Margin]:
-    """Margins of all pairs under all conditions, rows of different conditions side by side.
+    """Margins of all pairs under all conditions. What conditions have in common, the blocks below where they set in, is computed once.
 
     `read`: a direction and a layer whose projection is reported. `only`: (condition, pair) indices to compute; all by default. Returns
     them ordered by condition, then pair. Raises DataError for an empty answer.
@@ -67,27 +69,27 @@ def margins(
     unit = None if read is None else read[0].unit()[read[1]].to(model.device)
     found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {}
     wanted = [(c, p) for c in range(len(conditions)) for p in range(len(pairs)) if only is None or (c, p) in only]
-    jobs = [(c, 2 * p + side) for c, p in wanted for side in (0, 1)]
+    pending = set(wanted)
     results: dict[tuple[int, int], Margin] = {}
-    plain_head = _plain_head(model)
-    with torch.inference_mode(), applied_rows(model.anatomy, conditions) as rows:
-        # Pair by pair, so that finished margins reach the caller early and a killed run repeats little.
-        for start in range(0, len(jobs), 64):
-            part = jobs[start : start + 64]
-            for members in batches([len(encoded[i].ids) for _, i in part], batch_tokens):
-                batch = [part[m] for m in members]
-                ids, mask = padded([encoded[i].ids for _, i in batch], model.device)
-                rows.set([c for c, _ in batch])
-                spans = [encoded[i] for _, i in batch]
-                logps, projections = _answer_logps(model, ids, mask, spans, unit, read[1] if read else 0, plain_head)
-                for (c, i), logp, projection in zip(batch, logps, projections, strict=True):
+    clean = [n_clean(c, model.anatomy) for c in conditions]
+    # Those that change the least go first and leave what the others resume from.
+    order = sorted(range(len(conditions)), key=lambda c: (-clean[c], c))
+    with torch.inference_mode():
+        # Batches follow from the pairs alone, and a condition has passes of its own: its last digits depend on no other, nor on what is known already.
+        for batch in read_in_batches(model, [e.ids for e in encoded], batch_tokens):
+            due = [c for c in order if any((c, i // 2) in pending for i in batch.members)]
+            for c in due:
+                with applied(model.anatomy, conditions[c]):
+                    read_out = _answer_logps(model, batch, encoded, unit, read[1] if read else 0, clean[c], {clean[d] - 1 for d in due})
+                for i, one in zip(batch.members, read_out, strict=True):
                     slot = found.setdefault((c, i // 2), [None, None])
-                    slot[i % 2] = (logp, projection)
+                    slot[i % 2] = one
                     if slot[0] is not None and slot[1] is not None:
                         margin = _margin(c, pairs[i // 2].id, slot[0], slot[1], read is not None)
-                        results[c, i // 2] = margin
-                        if on_margin is not None:
-                            on_margin(margin)
+                        if (c, i // 2) in pending:
+                            results[c, i // 2] = margin
+                            if on_margin is not None:
+                                on_margin(margin)
     return [results[key] for key in wanted]
 
 
@@ -95,14 +97,9 @@ def token_logps(model: ChatModel, texts: Sequence[Text], batch_tokens: int = 102
     """Per text log p of each of its answer's tokens, (n_answer_tokens,) float64 nats; an empty answer has none."""
     encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system, closing=False) for t in texts]
     found = [torch.empty(0, dtype=torch.float64)] * len(texts)
-    full = [i for i, e in enumerate(encoded) if e.answer_end > e.answer_start]
-    plain_head = _plain_head(model)
     with torch.inference_mode():
-        for batch in batches([len(encoded[i].ids) for i in full], batch_tokens):
-            members = [full[b] for b in batch]
-            ids, mask = padded([encoded[i].ids for i in members], model.device)
-            logps, _ = _answer_logps(model, ids, mask, [encoded[i] for i in members], None, 0, plain_head)
-            for i, logp in zip(members, logps, strict=True):
+        for batch in read_in_batches(model, [e.ids for e in encoded], batch_tokens):
+            for i, (logp, _) in zip(batch.members, _answer_logps(model, batch, encoded, None, 0), strict=True):
                 found[i] = logp
     return found
 
@@ -127,50 +124,24 @@ def _margin(
 
 
 def _answer_logps(
-    model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], unit: Tensor | None, layer: int, plain_head: bool
-) -> tuple[list[Tensor], list[float]]:
-    """Per row: log p of each answer token (float64), and the mean projection of its answer tokens."""
-    projections = [0.0] * len(spans)
+    model: ChatModel, batch: Batch, encoded: Sequence[Encoded], unit: Tensor | None, layer: int, clean: int = 0, keep: Collection[int] = ()
+) -> list[tuple[Tensor, float]]:
+    """Per text of a batch: log p of each answer token (n_answer_tokens,) float64, and the mean projection of its answer tokens."""
+    along: list[Tensor] = []
 
     def receive(at: int, h: Tensor) -> None:
         if at == layer and unit is not None:
-            along = h.double() @ unit.double()
-            for row, e in enumerate(spans):
-                projections[row] = float(along[row, e.answer].mean())
+            along.append(h.flatten(0, 1).double() @ unit.double())
 
-    with block_outputs(model.anatomy, receive if unit is not None else _ignore):
-        answer_logits = _logits_at_answers(model, ids, mask, spans, plain_head)
-    logps = []
-    offset = 0
-    for row, e in enumerate(spans):
-        n = e.answer_end - e.answer_start
-        logits = answer_logits[offset : offset + n].float()
-        targets = ids[row, e.answer].unsqueeze(1)
-        logps.append((logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)).double().cpu())
-        offset += n
-    return logps, projections
-
-
-def _ignore(layer: int, h: Tensor) -> None:
-    return None
-
-
-def _logits_at_answers(model: ChatModel, ids: Tensor, mask: Tensor, spans: Sequence[Encoded], plain_head: bool) -> Tensor:
-    """(all answer tokens, vocabulary) logits that predict them. The head runs on those positions only where it is plain."""
-    if plain_head and model.anatomy.head is not None:
-        hidden = model.anatomy.body(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        picked = torch.cat([hidden[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
-        found: Tensor = model.anatomy.head(picked)
-        return found
-    logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return torch.cat([logits[row, e.answer_start - 1 : e.answer_end - 1] for row, e in enumerate(spans)])
-
-
-@torch.inference_mode()
-def _plain_head(model: ChatModel) -> bool:
-    """Whether logits are head(hidden) and nothing more, tried on four tokens: families with a soft cap or a logit scale take the whole model."""
-    if model.anatomy.head is None:
-        return False
-    ids = torch.arange(1, 5, device=model.device)[None]
-    logits = model.model(input_ids=ids, use_cache=False).logits
-    return torch.equal(model.anatomy.head(model.anatomy.body(input_ids=ids, use_cache=False)[0]), logits)
+    spans = [at[encoded[i].answer] for i, at in zip(batch.members, batch.at, strict=True)]
+    before = torch.cat([at[encoded[i].answer_start - 1 : encoded[i].answer_end - 1] for i, at in zip(batch.members, batch.at, strict=True)])
+    targets = batch.inputs["input_ids"].flatten()[torch.cat(spans)]
+    logps = torch.empty(len(before), dtype=torch.float64)
+    if unit is not None:
+        # A block that is not run again hands on what it gave only if it is asked to keep it.
+        keep = {*keep, layer}
+    with block_outputs(model.anatomy, receive) if unit is not None else nullcontext():
+        for rows, logits in predictions(model, batch, before, clean, keep):
+            logps[rows] = (logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(-1)).double().cpu()
+    parts = logps.split([len(s) for s in spans])
+    return [(p, float(along[0][s].mean()) if unit is not None and len(s) else 0.0) for p, s in zip(parts, spans, strict=True)]

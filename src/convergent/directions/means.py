@@ -20,7 +20,8 @@ from convergent.interventions.hooks import applied
 from convergent.models.anatomy import Anatomy, stream
 from convergent.models.chat import Encoded, encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.texts import Beginning, Text, batches, groups, padded
+from convergent.models.packed import read_in_batches, run
+from convergent.models.texts import Text
 
 Span = Literal["answer", "paper"]
 """answer: the answer's own tokens. paper: with the assistant header before and the closing tokens after, as the authors' code does."""
@@ -52,13 +53,13 @@ def stream_means(
     per: Literal["tokens", "responses"] = "tokens",
     span: Span = "answer",
     interventions: Sequence[Intervention] = (),
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     on_batch: Callable[[int], None] | None = None,
 ) -> Means:
     """Means of the residual stream at the output of every block.
 
     weights (n_accumulators, n_texts): how much each text counts in each accumulator. per "tokens" pools over tokens, "responses" averages
-    the texts' own means. Memory is bounded by `batch_tokens` (padded tokens per forward pass). Raises InputError if an accumulator is
+    the texts' own means. Memory is bounded by `batch_tokens` (tokens per forward pass). Raises InputError if an accumulator is
     empty.
     """
     encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system) for t in texts]
@@ -71,23 +72,17 @@ def stream_means(
     device = model.device
     sums = torch.zeros(len(weights), model.n_layers, model.d_model, dtype=torch.float64, device=device)
     norms = torch.zeros(model.n_layers, dtype=torch.float64, device=device)
-    with torch.inference_mode(), applied(model.anatomy, interventions):
-        # A question with many answers is read once: no token of it counts.
-        for beginning, group in groups([tuple(e.ids[: s.start]) for e, s in zip(encoded, spans, strict=True)]):
-            start = Beginning(model.anatomy.body, beginning, device)
-            group = [i for i in group if len(encoded[i].ids) > start.n]  # an empty answer may leave no token at all
-            for batch in batches([len(encoded[i].ids) - start.n for i in group], batch_tokens):
-                members = [group[b] for b in batch]
-                ids, mask = padded([encoded[i].ids[start.n :] for i in members], device)
-                inside = torch.zeros_like(mask, dtype=torch.float64)
-                for row, i in enumerate(members):
-                    inside[row, spans[i].start - start.n : spans[i].stop - start.n] = 1.0
-                scale = 1.0 / lengths[members].clamp_min(1) if per == "responses" else torch.ones(len(members), dtype=torch.float64)
-                share = (weights[:, members] * scale).to(device)[:, :, None] * inside[None]
-                with block_outputs(model.anatomy, _adder(sums, norms, share.flatten(1), inside.flatten())):
-                    start.run(ids, mask)
-                if on_batch is not None:
-                    on_batch(len(members))
+    # What each of a text's tokens counts, and once more with weight 1 for the norm.
+    each = torch.cat([weights * (1.0 / lengths.clamp_min(1) if per == "responses" else 1.0), torch.ones(1, len(texts), dtype=torch.float64)]).to(device)
+    with torch.inference_mode():
+        for batch in read_in_batches(model, [e.ids[: s.stop] for e, s in zip(encoded, spans, strict=True)], batch_tokens):
+            share = torch.zeros(len(each), batch.n_tokens, dtype=torch.float64, device=device)
+            for i, at in zip(batch.members, batch.at, strict=True):
+                share[:, at[spans[i]]] += each[:, i, None]  # a token may stand for several texts
+            with applied(model.anatomy, interventions), block_outputs(model.anatomy, _adder(sums, norms, share[:-1], share[-1])):
+                run(model, batch)
+            if on_batch is not None:
+                on_batch(len(batch.members))
     total = float(lengths.sum())
     return Means((sums / mass.to(device)[:, None, None]).cpu(), (norms / total).cpu(), int(total), mass)
 

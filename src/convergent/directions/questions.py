@@ -93,7 +93,7 @@ def question_sums(
     per: Literal["tokens", "responses"] = "tokens",
     span: Span = "answer",
     root_seed: int = 0,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> QuestionSums:
     """Sums of both classes of every question, read in `model`. `question_of`: text id -> question id; questions are in sorted order.
 

@@ -68,11 +68,10 @@ def margins_under(kit: Kit, organism: str, conditions: Sequence[Sequence[Interve
 
 def kl_under(kit: Kit, organism: str, conditions: Sequence[Sequence[Intervention]]) -> list[float]:
     """Mean KL(clean || intervened) over the effect texts under each condition, nats per token."""
-    from convergent.interventions.controls import answer_logprobs, kl_to_clean
+    from convergent.interventions.controls import Effects
 
-    model = kit.model(organism)
-    clean = answer_logprobs(model, kit.effect_texts)
-    return [kl_to_clean(model, clean, kit.effect_texts, c) for c in conditions]
+    effects = Effects(kit.model(organism), kit.effect_texts)
+    return [effects.kl(c) for c in conditions]
 
 
 def coherence_matched(outcomes: Outcomes, a: str, b: str, text: str, sign: int = 1) -> Evidence:

@@ -9,7 +9,7 @@ taken out: else it would differ from the direction in the very thing that was re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,11 @@ from convergent.core.direction import Direction
 from convergent.core.ids import seed
 from convergent.core.interventions import Ablate, AblateSubspace, Add, Intervention
 from convergent.errors import DirectionError
-from convergent.interventions.hooks import applied
+from convergent.interventions.hooks import applied, n_clean
 from convergent.models.chat import encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.texts import Text, batches, padded
+from convergent.models.packed import CHUNK, Batch, predictions, read_in_batches
+from convergent.models.texts import Text
 
 
 def random_like(direction: Direction, root_seed: int, draw: int = 0) -> Direction:
@@ -129,21 +130,23 @@ class Matched:
 
 
 def effect_matched(
-    model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1, along: Direction | None = None
-) -> Matched:
+    model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1, along: Direction | None = None,
+    effects: Effects | None = None,
+) -> Matched:  # fmt: skip
     """A random null whose KL to the clean model over `texts` equals that of `intervention`.
 
     For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes.
     `along` is scaled in place of the random vector, if given. For an ablation random directions are added one by one to a subspace (bisection
-    over their number); see `AblateSubspace`. The best found is returned with the KL it reached, also if the tolerance is missed.
+    over their number); see `AblateSubspace`. `effects` of these texts in this model, if there are some.
+    The best found is returned with the KL it reached, also if the tolerance is missed.
     """
-    clean = answer_logprobs(model, texts)
-    target = kl_to_clean(model, clean, texts, [intervention])
+    effects = Effects(model, texts) if effects is None else effects
+    target = effects.kl([intervention])
     tried: dict[float, Matched] = {}
 
     def attempt(amount: float) -> float:
         null = matched_null(intervention, amount, root_seed, along)
-        tried[amount] = Matched(null, amount, target, kl_to_clean(model, clean, texts, [null]))
+        tried[amount] = Matched(null, amount, target, effects.kl([null]))
         return tried[amount].reached
 
     def error(m: Matched) -> float:
@@ -162,15 +165,15 @@ def effect_matched(
 
 
 def factor_for_effect(
-    model: ChatModel, real: Sequence[Intervention], null: Sequence[Add], texts: Sequence[Text], tolerance: float = 0.1
+    model: ChatModel, real: Sequence[Intervention], null: Sequence[Add], texts: Sequence[Text], tolerance: float = 0.1, effects: Effects | None = None
 ) -> tuple[float, float, float]:
     """(factor, target, reached): the factor on the scales of all Adds of `null` at which their KL over `texts` is that of `real`, both KLs in nats."""
-    clean = answer_logprobs(model, texts)
-    target = kl_to_clean(model, clean, texts, real)
+    effects = Effects(model, texts) if effects is None else effects
+    target = effects.kl(real)
     tried: dict[float, float] = {}
 
     def attempt(factor: float) -> float:
-        tried[factor] = kl_to_clean(model, clean, texts, times(null, factor))
+        tried[factor] = effects.kl(times(null, factor))
         return tried[factor]
 
     _find_factor(attempt, target, tolerance)
@@ -213,33 +216,70 @@ def matched_null(intervention: Add | Ablate, amount: float, root_seed: int, alon
     return AblateSubspace(basis, intervention.site, intervention.layers)
 
 
+class Effects:
+    """KL(clean || intervened) over the same texts for one intervention after another: the clean model is read once, and so are the blocks below a change."""
+
+    def __init__(self, model: ChatModel, texts: Sequence[Text], clean: Sequence[Tensor] | None = None, batch_tokens: int = 1024) -> None:
+        self.model = model
+        with torch.inference_mode():
+            self._batches = list(_answers(model, texts, batch_tokens))
+        self.clean = _logprobs(model, self._batches, len(texts)) if clean is None else clean
+        """Per text the log-probabilities (n_answer_tokens, vocabulary) float32 that predict its answer tokens."""
+
+    def kl(self, interventions: Sequence[Intervention]) -> float:
+        """Mean over answer tokens of KL(clean || intervened), nats."""
+        clean = n_clean(interventions, self.model.anatomy)
+        total = 0.0
+        with torch.inference_mode(), applied(self.model.anatomy, interventions):
+            for batch, before in self._batches:
+                p = torch.cat([self.clean[i] for i in batch.members])
+                for rows, logits in predictions(self.model, batch, torch.cat(before), clean, {clean - 1}):
+                    total += float(_kl(p[rows], logits.log_softmax(-1)))
+        return total / max(sum(map(len, self.clean)), 1)
+
+
 def answer_logprobs(
-    model: ChatModel, texts: Sequence[Text], interventions: Sequence[Intervention] = (), batch_tokens: int = 512
+    model: ChatModel, texts: Sequence[Text], interventions: Sequence[Intervention] = (), batch_tokens: int = 1024
 ) -> list[Tensor]:
     """Per text the log-probabilities (n_answer_tokens, vocabulary) float32 that predict its answer tokens."""
+    with torch.inference_mode():
+        return _logprobs(model, list(_answers(model, texts, batch_tokens)), len(texts), interventions)
+
+
+def _answers(model: ChatModel, texts: Sequence[Text], batch_tokens: int) -> Iterator[tuple[Batch, list[Tensor]]]:
+    """Batches, each with the tokens per text that come before an answer token."""
     encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system, closing=False) for t in texts]
-    found: list[Tensor | None] = [None] * len(texts)
-    with torch.inference_mode(), applied(model.anatomy, interventions):
-        for members in batches([len(e.ids) for e in encoded], batch_tokens):
-            ids, mask = padded([encoded[i].ids for i in members], model.device)
-            logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for row, i in enumerate(members):
-                predicts = logits[row, encoded[i].answer_start - 1 : encoded[i].answer_end - 1]
-                found[i] = predicts.float().log_softmax(-1)
-    return [f for f in found if f is not None]
+    for batch in read_in_batches(model, [e.ids for e in encoded], batch_tokens):
+        yield batch, [at[encoded[i].answer_start - 1 : encoded[i].answer_end - 1] for i, at in zip(batch.members, batch.at, strict=True)]
+
+
+@torch.inference_mode()
+def _logprobs(
+    model: ChatModel, read: Sequence[tuple[Batch, list[Tensor]]], n_texts: int, interventions: Sequence[Intervention] = ()
+) -> list[Tensor]:
+    found: list[Tensor] = [torch.empty(0)] * n_texts
+    with applied(model.anatomy, interventions):
+        for batch, before in read:
+            parts = [logits.log_softmax(-1) for _, logits in predictions(model, batch, torch.cat(before))]
+            if parts:
+                for i, own in zip(batch.members, torch.cat(parts).split([len(b) for b in before]), strict=True):
+                    found[i] = own
+    return found
 
 
 def kl_to_clean(
     model: ChatModel, clean: Sequence[Tensor], texts: Sequence[Text], interventions: Sequence[Intervention]
 ) -> float:
-    """Mean over answer tokens of KL(clean || intervened), nats."""
-    changed = answer_logprobs(model, texts, interventions)
-    return sum(text_kl(clean, changed, mean=False)) / max(sum(map(len, clean)), 1)
+    """Mean over answer tokens of KL(clean || intervened), nats; `clean` as `answer_logprobs` gives it. For more than one see `Effects`."""
+    return Effects(model, texts, clean).kl(interventions)
 
 
 def text_kl(p: Sequence[Tensor], q: Sequence[Tensor], mean: bool = True) -> list[float]:
     """Per text the mean (or sum) over its answer tokens of KL(p || q), nats, from log-probabilities as `answer_logprobs` gives them."""
-    totals = [float((a.exp() * (a - b)).sum(-1).double().sum()) for a, b in zip(p, q, strict=True)]
+    totals = [sum(float(_kl(x, y)) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)) for a, b in zip(p, q, strict=True)]
     return [t / max(len(a), 1) for t, a in zip(totals, p, strict=True)] if mean else totals
 
 
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Sum over rows of KL(p || q) from log-probabilities (n, vocabulary); float64."""
+    return (p.exp() * (p - q)).sum(-1).double().sum()

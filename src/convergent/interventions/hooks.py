@@ -219,6 +219,16 @@ def acts_at(intervention: Intervention, site: str, layer: int) -> bool:
     return (kind == "embed" and intervention.layers is None) or (kind in ("attention", "mlp") and intervention.covers(layer))
 
 
+def n_clean(interventions: Sequence[Intervention], anatomy: Anatomy) -> int:
+    """How many blocks from the first on compute, before anything is done to their output, what they compute in the clean model."""
+    adapted = min((one.layer for one in interventions if isinstance(one, LowRank)), default=anatomy.n_layers)
+    for site, (_, layer) in sites(anatomy).items():
+        if any(acts_at(one, site, layer) for one in interventions):
+            kind = site.partition(".")[0]
+            return min(adapted, {"embed": 0, "block": layer + 1}.get(kind, layer))
+    return adapted
+
+
 def _lower(
     anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]], device: torch.device
 ) -> Iterator[tuple[nn.Module, list[_Slot]]]:

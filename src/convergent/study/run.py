@@ -36,10 +36,9 @@ from convergent.directions.questions import QuestionSums, question_sums
 from convergent.errors import DirectionError, ModelError
 from convergent.experiments.base import Arm, Control, Kit, NotHereError, Reading, When
 from convergent.interventions.controls import (
-    answer_logprobs,
+    Effects,
     effect_matched,
     factor_for_effect,
-    kl_to_clean,
     matched_null,
     orthogonal_to,
     other_concept,
@@ -105,6 +104,8 @@ class Run(Setup):
         for other in others:
             del self._models[other]
         if others:
+            if self._effects is not None and self._effects.model not in self._models.values():
+                self._effects = None
             _give_memory_back()
         if organism not in self._models:
             if organism == "chat":
@@ -516,7 +517,7 @@ class Run(Setup):
 
         def match() -> dict[str, float]:
             with self._timed("extract"):
-                m = effect_matched(self.model(organism, alone=True), intervention, seed, self.effect_texts)
+                m = effect_matched(self.model(organism, alone=True), intervention, seed, self.effect_texts, effects=self._effects_of(organism))
             what = f"random vector at {m.amount:.3g} x" if isinstance(intervention, Add) else f"{m.amount:.0f} random dimensions"
             self.say(f"match   {organism}: {what}, KL {m.reached:.3g} for {m.target:.3g} nats per token")
             return {"amount": m.amount, "target": m.target, "reached": m.reached}
@@ -529,7 +530,8 @@ class Run(Setup):
 
         def match() -> dict[str, float]:
             with self._timed("extract"):
-                factor, target, reached = factor_for_effect(self.model(organism, alone=True), real, null, self.effect_texts)
+                effects = self._effects_of(organism)
+                factor, target, reached = factor_for_effect(effects.model, real, null, self.effect_texts, effects=effects)
             self.say(f"match   {organism}: {len(null)} pushes at {factor:.3g} x, KL {reached:.3g} for {target:.3g} nats per token")
             return {"amount": factor, "target": target, "reached": reached}
 
@@ -540,18 +542,21 @@ class Run(Setup):
 
         def measure() -> float:
             with self._timed("extract"):
-                model = self.model(condition.organism, alone=True)
-                if self._clean is None or self._clean[0] != condition.organism_id:
-                    self._clean = (condition.organism_id, answer_logprobs(model, self.effect_texts))
-                return kl_to_clean(model, self._clean[1], self.effect_texts, condition.interventions)
+                return self._effects_of(condition.organism).kl(condition.interventions)
 
         return self.store.fact(self.kl_key(condition), "extract", measure)
 
     def kl_key(self, condition: Condition) -> str:
         return content_id("kl", condition.organism_id, list(condition.interventions), self.effect_texts)
 
-    _clean: tuple[str, list[torch.Tensor]] | None = None
-    """Organism's weights and its log-probabilities on the effect texts: the latest only."""
+    def _effects_of(self, organism: str) -> Effects:
+        """Of the effect texts in an organism; only the latest organism's are kept, and only as long as its model."""
+        model = self.model(organism, alone=True)
+        if self._effects is None or self._effects.model is not model:
+            self._effects = Effects(model, self.effect_texts)
+        return self._effects
+
+    _effects: Effects | None = None
 
     @cached_property
     def read_id(self) -> str:
@@ -560,16 +565,18 @@ class Run(Setup):
     def measure_margins(self, conditions: Sequence[tuple[Arm, Condition]]) -> None:
         """Margins of every held-out pair under every condition that lacks some, organism by organism.
 
-        A condition's pairs are computed together, so that their last digits do not depend on where an earlier run was killed.
+        Last digits do not depend on where an earlier run was killed: see `margins`.
         """
         known = self.store.margins(self.read_id)
-        data_ids = {p.id: content_id(p) for p in self.pairs}
-        absent = {c.content_id: (a.organism, c) for a, c in conditions if any((c.content_id, d) not in known for d in data_ids.values())}
-        total, done = len(absent) * len(self.pairs), 0
+        data_ids = [content_id(p) for p in self.pairs]
+        absent = {c.content_id: (a.organism, c) for a, c in conditions if any((c.content_id, d) not in known for d in data_ids)}
+        lacking = {i: [k for k, d in enumerate(data_ids) if (i, d) not in known] for i in absent}
+        data_of = {p.id: d for p, d in zip(self.pairs, data_ids, strict=True)}
+        total, done = sum(map(len, lacking.values())), 0
 
-        def keep(condition: str, m: Margin) -> None:
+        def keep(names: Sequence[str], m: Margin) -> None:
             nonlocal done
-            self.store.add_margin(condition, data_ids[m.pair_id], self.read_id, m)
+            self.store.add_margin(names[m.condition], data_of[m.pair_id], self.read_id, m)
             done += 1
             self.advance("margin", done, total, "")
 
@@ -577,8 +584,9 @@ class Run(Setup):
             mine = {i: c for i, (o, c) in absent.items() if o == organism}
             with self._timed("margin"):
                 model = self.model(organism, alone=True)
-                for i, c in mine.items():
-                    margins(model, self.pairs, [c.interventions], read=(self.direction, self.layer), on_margin=partial(keep, i))
+                only = {(n, k) for n, i in enumerate(mine) for k in lacking[i]}
+                asked = [c.interventions for c in mine.values()]
+                margins(model, self.pairs, asked, read=(self.direction, self.layer), only=only, on_margin=partial(keep, list(mine)))
             self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")
 
     def conditions(self) -> list[tuple[Arm, Condition]]:
