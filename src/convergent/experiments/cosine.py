@@ -8,7 +8,7 @@ texts: whatever cosine it shows lies in the texts, not in the fine-tunes. Noise 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
@@ -34,6 +34,7 @@ READING = "cosine/geometry"
 class CosineBlock(Block):
     """Settings of `cosine`."""
 
+    source_too: ClassVar[bool] = True
     organisms: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Organisms compared; all by default."""
     massive: int = Field(default=5, ge=1)
