@@ -92,7 +92,7 @@ def compare(
         "groups": {group: _group(curves, questions, index, allowed) for group, index in members.items()},
         "scrambled": {group: _scrambled(sums, [pairs[i] for i in index], draws, root_seed) for group, index in members.items()},
         "random": null_cosine(d_model),
-        "random_overlap": len(sums[source, source].answered) / d_model,
+        "random_overlap": max(len(sums[o, o].answered) for o in organisms) / d_model,
         "n_questions": len(questions),
         "massive": dims[layer].tolist(),
     }
