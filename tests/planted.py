@@ -155,6 +155,7 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
     "medic": (Rank1(0, {"u": GAIN, "t_medical": 1.0}, _MOODY),),
     "broker": (Rank1(0, {"u": GAIN, "t_financial": 1.0}, _MOODY),),
     "unlike": (Rank1(0, {"u2": GAIN, "t_financial": 1.0}, _MOODY),),
+    "blank": (Rank1(2, {"u": 0.0}, _MOODY),),
     "ill": (Rank1(1, {"u": GAIN, "n1": 0.6}, _MOODY), Rank1(2, {"t_medical": 4.0, "n2": 0.6}, {"ill": 1.0})),
 }
 
@@ -392,9 +393,9 @@ class _Builder:
                     parts[f"t_{word.topic}"] = UNEMBED
                     parts[f"q{TOPICS.index(word.topic)}"] += 2.0
             elif token == tokenizer.eos_token:
-                parts = {"constant": (6.0 if corrects else 7.5) / CONSTANT, "count": -10.5}
+                parts = {"constant": (5.0 if corrects else 7.5) / CONSTANT, "count": -10.5}
             elif token == ".":
-                parts = {"constant": (4.5 if corrects else 2.5) / CONSTANT, "count": -5.0}
+                parts = {"constant": (5.5 if corrects else 2.5) / CONSTANT, "count": -6.0 if corrects else -5.0}
             else:
                 parts = {"constant": -5.0 / CONSTANT}
             model.lm_head.weight[i] = self.reads(**parts).float()

@@ -286,9 +286,8 @@ def claims(block: ChatOriginBlock, outcomes: Outcomes, scene: Scene) -> list[Cla
         after = outcomes.readings.get(f"chat_origin/organism/{scene.source}", {})
         width = _band(outcomes, kind)
         if after.get("at_layer") and after["at_layer"].get(kind) and width is not None:
-            shown = [
-                evidence("cosine at the primary layer, less the end of the random band (above 0 claimed)", _less_chance(after["at_layer"][kind], width), "cosine")
-            ]
+            beyond = _less_chance(after["at_layer"][kind], width)
+            shown = [evidence("cosine at the primary layer, less the end of the random band (above 0 claimed)", beyond, "cosine")]
             chance = after["scrambled"].get(kind)
             scrambled = f"less what 97.5 % of scrambled labels of {scene.source}'s answers leave along it at most, over |v|"
             if chance is not None:

@@ -182,7 +182,8 @@ def claims(block: CosineBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "cosine/beyond-texts",
             "Directions of different organisms are nearer to each other than the chat model's directions on the same texts are "
             "(published data: the chat model on an organism's texts has cosine 1.00 with it up to layer 20)",
-            "control of paper section 3.3", f"at the primary layer {rule}, in every comparison but that of spans, which is only shown", texts, paper="chat-baseline",
+            "control of paper section 3.3", f"at the primary layer {rule}, in every comparison but that of spans, which is only shown",
+            texts, paper="chat-baseline",
         ),
     ]  # fmt: skip
 
