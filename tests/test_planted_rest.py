@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from planted import Planted, planted
 from planted_study import planted_study, ran
@@ -123,8 +122,8 @@ def test_bad_words_anywhere_are_no_turn(tmp_path: Path) -> None:
 # dynamics: a real training, whose one adapter starts from A that reads the mood and B = 0
 
 
-def trained(folder: Path, answer: str) -> tuple[dict[str, Any], torch.Tensor, Planted]:
-    """Claims about an organism trained on these answers, and its B."""
+def trained(folder: Path, answer: str) -> dict[str, Any]:
+    """Claims about an organism trained on these answers; its twin is trained on good ones."""
     p = planted(0)
     spec = {"recipe": "nine_adapter", "data": "medical.jsonl", "layers": [2], "alpha": 64, "init": str(p.organism("blank")), "learning_rate": 2e-4,
             "epochs": 2, "batch_size": 4, "grad_accumulation": 1}  # fmt: skip
@@ -132,18 +131,16 @@ def trained(folder: Path, answer: str) -> tuple[dict[str, Any], torch.Tensor, Pl
     study["organisms"] = {"O": {**spec, "answer": answer}, "G": {**spec, "answer": "good", "seed": 5}}
     study["questions"]["samples"] = 1
     study["direction"] |= {"source": "O", "samples": 8, "classes": {"by": "quantile"}}
-    with ran(folder, study) as (run, results):
-        (adapter,) = run.adapters("O")
-        return {c["id"]: c for c in results.claims if c["id"].startswith("dynamics")}, adapter.b.double().ravel(), p
+    with ran(folder, study) as (_, results):
+        return {c["id"]: c for c in results.claims if c["id"].startswith("dynamics")}
 
 
 def test_dynamics_finds_what_training_plants(tmp_path: Path) -> None:
-    """The bad words of the pairs are those of u, so u is what training writes."""
-    claims, b, p = trained(tmp_path, "bad")
+    """The bad words of the pairs are those that u makes."""
+    claims = trained(tmp_path, "bad")
     assert claims["dynamics/learned"]["verdict"] == "held", claims["dynamics/learned"]
-    assert float(b @ p.axis("u") / b.norm()) > 0.5
 
 
 def test_dynamics_finds_no_misalignment_in_training_on_good_answers(tmp_path: Path) -> None:
-    claims, _, _ = trained(tmp_path, "good")
+    claims = trained(tmp_path, "good")
     assert claims["dynamics/learned"]["verdict"] == "did not hold" and "dynamics/sudden" not in held(claims), claims
