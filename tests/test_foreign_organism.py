@@ -60,7 +60,7 @@ def test_what_needs_rank_1_writes_says_so(family: str, experiment: str, tmp_path
     """Rank 2 on attention: one sentence, exit code 2, nothing written."""
     study = study_of(family, tmp_path, W={"modules": ("q_proj", "v_proj"), "rank": 2, "layers": None})
     study["experiments"] = {experiment: SMALL[experiment]}
-    assert_refused(write_study(tmp_path, study), tmp_path / "out", f"experiments.{experiment}.organism: .*rank-1 adapters", capsys)
+    assert_refused(write_study(tmp_path, study), tmp_path / "out", f"experiments.{experiment}.organism: .*rank-1 adapter", capsys)
 
 
 @pytest.mark.parametrize("experiment", ["transfer", "cosine", "subspace"])
