@@ -5,6 +5,7 @@ How often they find something in twins and scrambled scores over many seeds is i
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,16 @@ def test_dynamics_finds_what_training_plants(tmp_path: Path) -> None:
 def test_dynamics_finds_no_misalignment_in_training_on_good_answers(tmp_path: Path) -> None:
     claims = trained(tmp_path, "good")
     assert claims["dynamics/learned"]["verdict"] == "did not hold" and "dynamics/sudden" not in held(claims), claims
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("null", ["twin", "twins", "scrambled"])
+def test_false_positives_are_counted_and_few(null: str, tmp_path: Path) -> None:
+    """Two seeds through the function whose twenty are in docs/false_positives.md: no claim holds in both, which chance allows one in 1,600 times."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from false_positives import table, verdicts
+
+    rows = [{"null": null, "seed": s, "claims": verdicts(null, s, tmp_path / str(s))} for s in (200, 201)]
+    assert rows[0]["claims"] and "of 2" in table(rows)
+    both = [c for c, v in rows[0]["claims"].items() if v["verdict"] == rows[1]["claims"].get(c, {}).get("verdict") == "held"]
+    assert not both
