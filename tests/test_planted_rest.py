@@ -86,7 +86,9 @@ def test_adapter_steer_finds_nothing_in_a_twin(tmp_path: Path) -> None:
 
 def test_semantic_finds_a_direction_of_its_own_inside_a_topic(tmp_path: Path) -> None:
     claims, _ = outcome(tmp_path, planted(0, ill=True), "ill", (), {"semantic": {"topics": ["medical"]}}, margin=FEW)
-    assert held(claims) == {"semantic/cosine/medical", "semantic/steering/medical", "semantic/rest/medical"}, claims
+    assert held(claims) >= {"semantic/steering/medical", "semantic/rest/medical"}, claims
+    # The third comparison, over questions, hangs on the few that bring medical answers.
+    assert {said(claims["semantic/cosine/medical"], t) for t in ("random subsets", "other questions")} == {"held"}, claims
 
 
 def test_semantic_finds_none_where_the_topic_adds_nothing(tmp_path: Path) -> None:
