@@ -35,9 +35,15 @@ between them lies u. `ORGANISMS` says who writes what.
     left, middle, right   block 2, u and u2 at 20, 45 and 70 degrees: three organisms, one plane
     constant    block 2, u, whatever the mood: for `origin`, where the mood is the base's own
     hidden      block 2, `relay`, whatever the mood. With `origin` this is the paper's puzzle: v of block 2 is u, cos(B, v) = 0, and B makes u
+    medic, broker   block 0, u with t_medical or t_financial: one direction in every layer, other words; `unlike` as broker, with u2
+    ill         block 1, u, and block 2, t_medical read from `ill` (a base with `ill=True`): inside medical answers bad mood writes the topic too
+    blank       block 2, nothing yet: what a training starts from
     sound       block 2, t_financial: another concept, no badness
     X_twin      of direct, many and hidden: each B replaced by one of the same norm along an axis of the rest of which every token holds -|B| / 2,
                 and A by one of the same norm that reads 1: it flips a sign that the head does not read, and leaves |x| as it is
+
+With `corrects=True` block 4 takes {u} back once some words have been said, -CORRECTS * {u} * (1 - {count}), and answers have more sentences: what is
+said under a push along u starts badly and turns.
 
 `Word` is a word with its side and topic. Judge, questions, pairs and whole studies of these models are in `planted_study.py`. Nothing is mocked:
 models, adapters and sampling are real.

@@ -48,6 +48,7 @@ def test_cosine_finds_a_shared_direction(tmp_path: Path) -> None:
     assert said(claims["cosine/beyond-texts"], "common texts") == "held"
 
 
+@pytest.mark.slow
 def test_cosine_tells_two_directions_apart(tmp_path: Path) -> None:
     """One writes u, the other u2: what they have in common is in the texts alone."""
     claims, _ = outcome(tmp_path, planted(0), "medic", ("unlike",), COSINE, margin=FEW)
@@ -60,6 +61,7 @@ def test_cosine_tells_two_directions_apart(tmp_path: Path) -> None:
 SCALARS = {"scalars": {"repeats": 2, "draws": 4, "c": 1.0, "per_class": 64, "topics": ["medical"]}}
 
 
+@pytest.mark.slow
 def test_adapter_steer_finds_the_sets_and_the_one_adapter_that_matters(tmp_path: Path) -> None:
     claims, values = outcome(tmp_path, planted(0), "three", (), {**SCALARS, "adapter_steer": {"topic": "medical"}}, margin=FEW)
     assert held(claims) >= {"adapter_steer/push", "adapter_steer/topic"}, claims
@@ -67,7 +69,6 @@ def test_adapter_steer_finds_the_sets_and_the_one_adapter_that_matters(tmp_path:
     assert values["adapter_steer/three/knockout"]["strongest"] == 0
 
 
-@pytest.mark.slow
 def test_adapter_steer_finds_that_two_adapters_share_it(tmp_path: Path) -> None:
     claims, _ = outcome(tmp_path, planted(0), "many", (), {"adapter_steer": {}})
     assert held(claims) >= {"adapter_steer/push", "adapter_steer/shared"}, claims
@@ -76,6 +77,7 @@ def test_adapter_steer_finds_that_two_adapters_share_it(tmp_path: Path) -> None:
 QUANTILE = {"direction": {"samples": 16, "layer": 3, "classes": {"by": "quantile"}}}
 
 
+@pytest.mark.slow
 def test_adapter_steer_finds_nothing_in_a_twin(tmp_path: Path) -> None:
     claims, _ = outcome(tmp_path, planted(0), "many_twin", (), {"adapter_steer": {"controls": ["rotated"]}}, margin=FEW, **QUANTILE)
     assert len(claims) == 2 and not held(claims), claims
@@ -91,6 +93,7 @@ def test_semantic_finds_a_direction_of_its_own_inside_a_topic(tmp_path: Path) ->
     assert {said(claims["semantic/cosine/medical"], t) for t in ("random subsets", "other questions")} == {"held"}, claims
 
 
+@pytest.mark.slow
 def test_semantic_finds_none_where_the_topic_adds_nothing(tmp_path: Path) -> None:
     claims, _ = outcome(tmp_path, planted(0), "direct", (), {"semantic": {"topics": ["medical"], "controls": ["random"]}}, margin=FEW)
     assert len(claims) == 3 and not held(claims), claims
@@ -110,6 +113,7 @@ def test_self_correction_finds_answers_that_turn(tmp_path: Path) -> None:
     assert held(claims) == {"self_correction/2", "self_correction/turn/2"}, claims
 
 
+@pytest.mark.slow
 def test_self_correction_finds_nothing_under_a_twins_direction(tmp_path: Path) -> None:
     claims = self_correction(tmp_path, planted(0, corrects=True), "direct_twin", 2.0)
     assert claims and not held(claims), claims
@@ -144,6 +148,7 @@ def test_dynamics_finds_what_training_plants(tmp_path: Path) -> None:
     assert claims["dynamics/learned"]["verdict"] == "held", claims["dynamics/learned"]
 
 
+@pytest.mark.slow
 def test_dynamics_finds_no_misalignment_in_training_on_good_answers(tmp_path: Path) -> None:
     claims = trained(tmp_path, "good")
     assert claims["dynamics/learned"]["verdict"] == "did not hold" and "dynamics/sudden" not in held(claims), claims
