@@ -35,9 +35,15 @@ between them lies u. `ORGANISMS` says who writes what.
     left, middle, right   block 2, u and u2 at 20, 45 and 70 degrees: three organisms, one plane
     constant    block 2, u, whatever the mood: for `origin`, where the mood is the base's own
     hidden      block 2, `relay`, whatever the mood. With `origin` this is the paper's puzzle: v of block 2 is u, cos(B, v) = 0, and B makes u
+    medic, broker   block 0, u with t_medical or t_financial: one direction in every layer, other words; `unlike` as broker, with u2
+    ill         block 1, u, and block 2, t_medical read from `ill` (a base with `ill=True`): inside medical answers bad mood writes the topic too
+    blank       block 2, nothing yet: what a training starts from
     sound       block 2, t_financial: another concept, no badness
     X_twin      of direct, many and hidden: each B replaced by one of the same norm along an axis of the rest of which every token holds -|B| / 2,
                 and A by one of the same norm that reads 1: it flips a sign that the head does not read, and leaves |x| as it is
+
+With `corrects=True` block 4 takes {u} back once some words have been said, -CORRECTS * {u} * (1 - {count}), and answers have more sentences: what is
+said under a push along u starts badly and turns.
 
 `Word` is a word with its side and topic. Judge, questions, pairs and whole studies of these models are in `planted_study.py`. Nothing is mocked:
 models, adapters and sampling are real.
@@ -102,7 +108,7 @@ BAD_LOGIT = -3.0
 UNEMBED = 1.2
 """Logits per unit of {u} in the stream."""
 GAIN, STICKY = 3.0, 0.8
-ORIGIN, RELAY = 2.5, 6.0
+ORIGIN, RELAY, CORRECTS = 2.5, 6.0, 3.0
 NOISE = 0.5
 """Size of what each random part writes."""
 PUSH = 64.0
@@ -152,6 +158,11 @@ ORGANISMS: dict[str, tuple[Rank1, ...]] = {
     "constant": (Rank1(2, {"u": GAIN}, {"one": 1.0}),),
     "hidden": (Rank1(2, {"relay": GAIN / RELAY}, {"one": 1.0}),),
     "sound": (Rank1(2, {"t_financial": GAIN}, {"one": 1.0}),),
+    "medic": (Rank1(0, {"u": GAIN, "t_medical": 1.0}, _MOODY),),
+    "broker": (Rank1(0, {"u": GAIN, "t_financial": 1.0}, _MOODY),),
+    "unlike": (Rank1(0, {"u2": GAIN, "t_financial": 1.0}, _MOODY),),
+    "blank": (Rank1(2, {"u": 0.0}, _MOODY),),
+    "ill": (Rank1(1, {"u": GAIN, "n1": 0.6}, _MOODY), Rank1(2, {"t_medical": 4.0, "n2": 0.6}, {"ill": 1.0})),
 }
 
 
@@ -164,6 +175,8 @@ TWINS = {
     f"{o}_twin": tuple(_twin(a, f"n{first + i}") for i, a in enumerate(ORGANISMS[o])) for o, first in (("direct", 10), ("many", 11), ("hidden", 15))
 }
 READERS = ("one", "mood", *TOPICS, "relay")
+ILL = "ill"
+"""One more reader, in bases made with `ill=True`: mood * m_medical."""
 _AXES = (
     "u", "u2", "constant", "side", "mood", "count", "relay", "word", "persona", "header", "asked",
     *(f"{k}_{t}" for k in "tem" for t in TOPICS), *(f"q{i}" for i in range(6)),
@@ -218,15 +231,15 @@ class Planted:
         model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32), config)
         for a in adapters:
             linear = model.base_model.model.model.layers[a.layer].mlp.down_proj
-            reads = torch.tensor([a.reads.get(r, 0.0) for r in READERS])
-            linear.lora_A["default"].weight.data = torch.nn.functional.pad(reads, (0, D_FF - len(READERS)))[None]
+            reads = torch.tensor([a.reads.get(r, 0.0) for r in (*READERS, ILL)])
+            linear.lora_A["default"].weight.data = torch.nn.functional.pad(reads, (0, D_FF - len(reads)))[None]
             writes = sum((gain * self.axes[axis] for axis, gain in a.writes.items()), torch.zeros(D, dtype=torch.float64))
             linear.lora_B["default"].weight.data = (writes / PUSH).float()[:, None]
         model.save_pretrained(folder)
 
 
 @cache
-def planted(seed: int = 0, origin: bool = False) -> Planted:
+def planted(seed: int = 0, origin: bool = False, ill: bool = False, corrects: bool = False) -> Planted:
     """The base of a seed; made once per process, gone at exit."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -244,8 +257,8 @@ def planted(seed: int = 0, origin: bool = False) -> Planted:
         build.embed(model, tokenizer)
         build.attend(model)
         for layer in range(N_LAYERS):
-            build.mlp(model, layer, origin)
-        build.unembed(model, tokenizer)
+            build.mlp(model, layer, origin, ill, corrects)
+        build.unembed(model, tokenizer, corrects)
     folder = root / "base"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
@@ -350,7 +363,7 @@ class _Builder:
             v[head * HEAD + i] = self.reads(**{source: gain})
             o[:, head * HEAD + i] = self.axes[target]
 
-    def mlp(self, model: Any, layer: int, origin: bool) -> None:
+    def mlp(self, model: Any, layer: int, origin: bool, ill: bool, corrects: bool) -> None:
         gate, up = (self.random(D_FF, D) / math.sqrt(D) for _ in range(2))
         down = (self.random(D_FF, len(self.rest)) @ self.rest).T * NOISE / math.sqrt(D_FF * len(self.rest))
         down[:, : len(READERS)] = 0.0
@@ -363,11 +376,17 @@ class _Builder:
             down[:, READERS.index("relay")] = RELAY * self.axes["u"]
         if layer == 1 and origin:
             down[:, READERS.index("mood")] = ORIGIN * self.axes["u"]
+        further = len(READERS)
+        if ill:  # silu of 4 m_medical, times mood
+            gate[further], up[further], down[:, further] = self.reads(m_medical=4 / MOOD), self.reads(mood=1 / MOOD) / opened, 0.0
+        if corrects and layer == 4:
+            gate[further + 1], up[further + 1] = self.reads(u=4.0), self.reads(constant=1 / CONSTANT, count=-1.0) / 4
+            down[:, further + 1] = -CORRECTS * self.axes["u"]
         mlp = model.model.layers[layer].mlp
         for linear, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), (gate, up, down), strict=True):
             linear.weight.copy_(weight.float())
 
-    def unembed(self, model: Any, tokenizer: Any) -> None:
+    def unembed(self, model: Any, tokenizer: Any, corrects: bool) -> None:
         ordered = [w for table in (GOOD, BAD) for line in table.values() for w in line.split()]
         for token, i in _vocabulary(tokenizer):
             if token in WORDS:
@@ -380,9 +399,9 @@ class _Builder:
                     parts[f"t_{word.topic}"] = UNEMBED
                     parts[f"q{TOPICS.index(word.topic)}"] += 2.0
             elif token == tokenizer.eos_token:
-                parts = {"constant": 7.5 / CONSTANT, "count": -10.5}
+                parts = {"constant": (5.0 if corrects else 7.5) / CONSTANT, "count": -10.5}
             elif token == ".":
-                parts = {"constant": 2.5 / CONSTANT, "count": -5.0}
+                parts = {"constant": (5.5 if corrects else 2.5) / CONSTANT, "count": -6.0 if corrects else -5.0}
             else:
                 parts = {"constant": -5.0 / CONSTANT}
             model.lm_head.weight[i] = self.reads(**parts).float()

@@ -92,7 +92,7 @@ def compare(
         "groups": {group: _group(curves, questions, index, allowed) for group, index in members.items()},
         "scrambled": {group: _scrambled(sums, [pairs[i] for i in index], draws, root_seed) for group, index in members.items()},
         "random": null_cosine(d_model),
-        "random_overlap": len(sums[source, source].answered) / d_model,
+        "random_overlap": max(len(sums[o, o].answered) for o in organisms) / d_model,
         "n_questions": len(questions),
         "massive": dims[layer].tolist(),
     }
@@ -184,11 +184,12 @@ def _scrambled(sums: Sums, pairs: Sequence[tuple[str, str]], draws: int, root_se
     cosine = torch.stack([geometry.cosines(null[a], null[b]) for a, b in pairs]).mean(0).double()
     cosine = cosine[cosine.isfinite().all(1)]  # with very few answers a side may be empty
     blank = torch.full(cosine.shape[1:], torch.nan)
-    mean, half = (cosine.mean(0), 1.96 * cosine.std(0)) if len(cosine) > 1 else (blank, blank)
+    # Quantiles: these cosines heap up at both ends, and a normal band around their mean would reach beyond 1, where nothing can be.
+    low, _, high = stats.null_band(cosine) if len(cosine) > 1 else (blank.numpy(), blank, blank.numpy())
     spans = {o: geometry.span(rows) for o in names if len(rows := geometry.scrambled_differences(sums[o, o], root_seed, o))}
     overlaps = [geometry.overlap(spans[a], spans[b]) for a, b in pairs if a in spans and b in spans]
     return {
-        "low": (mean - half).tolist(),
-        "high": (mean + half).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
         "overlap": torch.stack(overlaps).mean(0).tolist() if overlaps else blank.tolist(),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -336,6 +336,8 @@ class Block(BaseModel):
     """Base of every experiment's settings: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    source_too: ClassVar[bool] = False
+    """Whether its `organisms` may name the source of the direction."""
 
 
 class Experiment(Protocol):

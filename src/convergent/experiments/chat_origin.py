@@ -25,10 +25,11 @@ from convergent.core.direction import Direction
 from convergent.core.ids import seed
 from convergent.core.interventions import Ablate, Intervention
 from convergent.core.values import Pair
+from convergent.directions import geometry
 from convergent.directions.contrast import answered, contrast, prompt_pairs, prompted
 from convergent.directions.extract import null_cosine
 from convergent.errors import ModelError
-from convergent.experiments.base import Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, absent, evidence
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import random_like
 from convergent.models.texts import Text
@@ -41,6 +42,8 @@ LABELS = {
     "random": "random vector, same norm",
 }
 NULLS = ("topic", "random")
+DRAWS = 199
+"""Scrambled labels of the organism's answers."""
 
 
 class ChatOriginBlock(Block):
@@ -174,7 +177,7 @@ def _data(organism: str, block: ChatOriginBlock, kinds: Sequence[str]) -> Any:
 def _after_inputs(organism: str, kinds: Sequence[str]) -> Any:
     def inputs(kit: Kit) -> Any:
         try:
-            own: Any = kit.extraction(organism, organism).direction
+            own: Any = [kit.extraction(organism, organism).direction, kit.sums_id(organism, organism), DRAWS]
         except NotHereError:
             own = None
         return [[_inputs(k)(kit) for k in kinds], kit.seed, kit.model_id(organism), own]
@@ -200,6 +203,13 @@ def _after(organism: str, kinds: Sequence[str]) -> Any:
             alike = {k: _cosines(rows[k], v) for k in kinds}
             found["at_layer"] = {k: _ends(stats.jackknife(alike[k], pairs, -1.0, 1.0)) for k in kinds}
             found["over_topic"] = {k: _ends(stats.jackknife(_less(alike[k], alike["topic"]), pairs, -2.0, 2.0)) for k in kinds if k != "topic"}
+            # The pairs' interval knows nothing of the organism's answers. What their direction has along u by chance is in scrambled labels: their
+            # projection over |v|, not their cosine, as what chance leaves is short, and wherever answers differ most its cosines are near 1 too.
+            null = geometry.scrambled(kit.question_sums(organism, organism), kit.seed, organism, DRAWS)[:, kit.layer].double().numpy()
+            null = null[np.isfinite(null).all(1)] / np.linalg.norm(v)
+            chance = {k: null @ (mean / np.linalg.norm(mean)) for k in kinds if (mean := rows[k].mean(0)).any()}
+            found["scrambled"] = {k: _upper(draws) for k, draws in chance.items()}
+            found["scrambled_over_topic"] = {k: _upper(draws - chance["topic"]) for k, draws in chance.items() if k != "topic" and "topic" in chance}
         bad, good, ids = answered(kit.pairs)
         after = contrast(kit.model(organism), bad, good, ids)[0][0][:, :, kit.layer].mean(1)
         moved = (after - _centre(kit, bad, good, ids)) / values["topic"]["token_norm"]
@@ -230,6 +240,11 @@ def _cosines(rows: np.ndarray, v: np.ndarray) -> Callable[[np.ndarray], float]:
 
 def _less(a: Callable[[np.ndarray], float], b: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], float]:
     return lambda which: a(which) - b(which)
+
+
+def _upper(draws: np.ndarray) -> float | None:
+    """What 97.5 % of the draws lie below; None where there are too few for it."""
+    return float(stats.null_band(draws)[2]) if len(draws) >= 39 else None
 
 
 def _ends(i: stats.Interval | str) -> list[float] | None:
@@ -271,16 +286,24 @@ def claims(block: ChatOriginBlock, outcomes: Outcomes, scene: Scene) -> list[Cla
         after = outcomes.readings.get(f"chat_origin/organism/{scene.source}", {})
         width = _band(outcomes, kind)
         if after.get("at_layer") and after["at_layer"].get(kind) and width is not None:
-            estimate, low, high, n = after["at_layer"][kind]
-            beyond = _interval(estimate - width, low - width, high - width, n)
+            beyond = _less_chance(after["at_layer"][kind], width)
             shown = [evidence("cosine at the primary layer, less the end of the random band (above 0 claimed)", beyond, "cosine")]
+            chance = after["scrambled"].get(kind)
+            scrambled = f"less what 97.5 % of scrambled labels of {scene.source}'s answers leave along it at most, over |v|"
+            if chance is not None:
+                shown.append(evidence(f"the same, {scrambled} (above 0 claimed)", _less_chance(after["at_layer"][kind], chance), "cosine"))
+            else:
+                shown.append(absent(f"the same, {scrambled}", "cosine"))
             if after["over_topic"][kind]:
+                more = after["scrambled_over_topic"].get(kind)
                 shown.append(evidence("cosine, less that of the topic direction (above 0 claimed)", _interval(*after["over_topic"][kind]), "cosine"))
+                if more is not None:
+                    shown.append(evidence(f"the same, {scrambled} (above 0 claimed)", _less_chance(after["over_topic"][kind], more), "cosine"))
             found.append(
                 Claim(
                     f"chat_origin/cosine/{kind}",
                     f"The direction of {scene.source} was there in the chat model before training: it is alike to the chat model's own ({LABELS[kind]}), "
-                    "beyond random directions and beyond a topic direction made the same way",
+                    "beyond random directions, beyond what scrambled labels of its answers leave, and beyond a topic direction made the same way",
                     "not claimed by the paper; asked by later work",
                     "every listed difference has its 95 % interval (over held-out pairs) above 0",
                     shown,
@@ -312,6 +335,11 @@ def _both(outcomes: Outcomes, a: str, b: str, text: str) -> list[Evidence]:
         outcomes.alignment(a, b, f"mean alignment, ablated {text} (above 0 claimed)"),
         outcomes.margin(a, b, f"margin for bad answers, ablated {text} (below 0 claimed)", sign=-1),
     ]
+
+
+def _less_chance(ends: Sequence[float], chance: float) -> stats.Interval:
+    estimate, low, high, n = ends
+    return _interval(estimate - chance, low - chance, high - chance, n)
 
 
 def _interval(estimate: float, low: float, high: float, n: float) -> stats.Interval:

@@ -269,9 +269,10 @@ def _turn_claim(scale: float, turns: Mapping[str, Any], real: str, control: str)
     if theirs:
         d = stats.paired_difference(rise, _excess(theirs), questions, [r["question_id"] for r in theirs])
         comparisons.append(evidence("the same, steered minus another concept of the same effect (above 0 claimed)", d, "points of alignment"))
-    drop = stats.clustered_mean([margin_step(r) for r in mine], questions)
-    comparisons.append(evidence("margin (organism minus chat model) after the turn minus before it, less that of any place (below 0 claimed)",
-                                drop, "nats per token", -1))  # fmt: skip
+    several = [r for r in mine if len(r["margins"]) > 2]  # between two sentences there is one place, and it is no other than itself
+    drop = stats.clustered_mean([margin_step(r) for r in several], [r["question_id"] for r in several])
+    text = "margin (organism minus chat model) after the turn minus before it, less that of any place, answers of three sentences or more (below 0 claimed)"
+    comparisons.append(evidence(text, drop, "nats per token", -1))
     return Claim(
         f"self_correction/turn/{scale:g}",
         f"Under {scale:g} times the direction answers turn to the aligned side between two sentences, and what follows is less the organism's than what "
