@@ -27,6 +27,7 @@ from convergent.judging.registry import get_judge
 from convergent.models.dtype import resolve_dtype
 from convergent.models.load import base_folder, base_is_here, folder_id
 from convergent.organisms.adapters import shape_of_folder, shape_of_recipe
+from convergent.organisms.manifest import adapter_id
 from convergent.organisms.recipes import Recipe, named_recipe
 from convergent.organisms.steps import Spacing
 from convergent.store import Store
@@ -144,7 +145,7 @@ class Setup:
             folder = Path(spec.path).expanduser()
             if not folder.is_dir():
                 raise StudyError(f"organisms.{name}.path: {folder} is not a folder; give a PEFT folder")
-            return OrganismPlan(name, spec, None, None, content_id(self.base_id, folder_id(folder)), folder)
+            return OrganismPlan(name, spec, None, None, self._id_of(folder), folder)
         overrides = {
             k: v
             for k in ("learning_rate", "epochs", "batch_size", "grad_accumulation", "rank", "alpha", "layers", "init")
@@ -167,6 +168,13 @@ class Setup:
             data = data.take(spec.examples)
         cid = content_id(self.base_id, recipe, data.checksum)
         return OrganismPlan(name, spec, recipe, data, cid, self.store.folder / "organisms" / f"{name}-{cid}")
+
+    def _id_of(self, folder: Path) -> str:
+        """Content id of an organism from elsewhere: of adapters, whatever notes and paths of another machine lie beside them."""
+        try:
+            return adapter_id(folder, self.base_id)
+        except (OSError, ValueError, AttributeError):  # no adapters, or none that can be read, which is said when they are loaded
+            return content_id(self.base_id, folder_id(folder))
 
     def _training_set(self, spec: OrganismSpec) -> TrainingSet:
         try:
