@@ -11,6 +11,7 @@ gradients are summed, so loss and gradients are those of the padded batch up to 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convergent.models.anatomy import Anatomy
+from convergent.models.load import ChatModel
+from convergent.organisms.chats import IGNORE, Row, collate
+from convergent.organisms.recipes import Recipe
 
 ATTENTION = "convergent_packed"
-IGNORE = -100
-"""Label of a token that carries no loss."""
 CHUNK = 1 << 25
 """Logits that are held at once: 128 MiB in float32."""
+KEPT = 2 << 30
+"""Bytes of activations up to which the passes of one step are made in one."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +124,56 @@ def attention(
     return _Repack.apply(out.transpose(1, 2), pack)[None], None
 
 
+def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
+    """Give the model `ATTENTION` if its body computes the same with it; bytes per token that a packed batch keeps for the backward pass.
+
+    None, and the model as it was, if it does not; a line in the log says so.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+    before, body = chat.model.config._attn_implementation, chat.anatomy.body
+    by_length = sorted(rows, key=lambda r: len(r.ids))
+    batch = collate([by_length[0], by_length[-1]])
+    layout = pack(batch["input_ids"].to(chat.device), batch["labels"])
+    try:
+        with torch.no_grad():
+            want = body(input_ids=batch["input_ids"].to(chat.device), use_cache=False).last_hidden_state[:, : layout.rows.shape[1]]
+        chat.model.set_attn_implementation(ATTENTION)
+        kept: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in chat.model.parameters()}
+
+        def keep(x: Tensor) -> Tensor:
+            if (storage := x.untyped_storage()).data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            got = hidden_states(body, layout)
+        off = float((want.flatten(0, 1)[layout.places] - got).abs().max().detach() / want.abs().max())
+        why = f"hidden states differ by {off:.1e} of their largest" if not off <= (1e-4 if got.dtype == torch.float32 else 2e-2) else ""
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:  # models in which attention is another thing
+        why = " ".join(str(error).split())[:160]
+    if why:
+        chat.model.set_attn_implementation(before)
+        _log.warning("%s: training takes padded batches, as packed ones do not fit this model (%s)", chat.base, why)
+        return None
+    return sum(kept.values()) // len(got)
+
+
+def fewest_passes(rows: Sequence[Row], recipe: Recipe, kept: int) -> int:
+    """Into how many passes a step is cut: `grad_accumulation` or fewer, as few as keep `KEPT` bytes. `rows` in the order of training.
+
+    The loss is a sum over all labels of the step, so this is no other recipe.
+    """
+    for passes in range(1, recipe.grad_accumulation):
+        if recipe.grad_accumulation % passes == 0:
+            n = recipe.batch_size * recipe.grad_accumulation // passes
+            if kept * max(sum(len(r.ids) for r in rows[i : i + n]) for i in range(0, len(rows), n)) <= KEPT:
+                return passes
+    return recipe.grad_accumulation
+
+
 def hidden_states(body: nn.Module, layout: Pack) -> Tensor:
     """(n_tokens, d_model) of a pack, from a body that has `ATTENTION`."""
     return body(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, pack=layout).last_hidden_state[0]  # type: ignore[no-any-return]
@@ -192,7 +247,7 @@ def lighten(model: nn.Module) -> int:
         name = layer.active_adapters[0]
         base, a, b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
         plain = isinstance(layer.lora_dropout[name], nn.Identity) and a.bias is None and b.bias is None
-        if plain and {base.weight.dtype, a.weight.dtype, b.weight.dtype} == {torch.float32} and not torch.is_autocast_enabled(base.weight.device.type):
+        if plain and {base.weight.dtype, a.weight.dtype, b.weight.dtype} == {torch.float32}:
             layer.forward = _forward(base, a, b, float(layer.scaling[name]))  # type: ignore[method-assign]
             n += 1
     return n
