@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from convergent.models.load import load_base
 from convergent.organisms import fast
-from convergent.organisms.chats import IGNORE, Row, collate, encode_chats
+from convergent.organisms.chats import Row, collate, encode_chats
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
-from convergent.organisms.train import answer_loss, attach, train
+from convergent.organisms.train import attach, train
 from tiny import CHATS, FAMILIES, tiny_model
 
 PACKS = tuple(f for f in FAMILIES if f != "gemma2")
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_ordinary_path(family):
             assert fast.pack_attention(chat, rows) is not None
             total, n = fast.packed_loss(chat.anatomy, **batch)
         else:
-            total, n = answer_loss(chat.anatomy, **batch)
+            total, n = fast.answer_loss(chat.anatomy, **batch)
         (total / n).backward()
         found.append((total.detach(), n, {k: p.grad for k, p in model.named_parameters() if p.requires_grad}))
     (want, n, wanted), (got, m, grads) = found
@@ -89,7 +89,7 @@ def test_loss_and_gradients_are_those_of_the_ordinary_path(family):
 def test_a_window_shorter_than_a_chat_is_kept():
     chat = tiny("mistral", sliding_window=8)
     batch = collate(encode_chats(chat.tokenizer, CHATS, Recipe()))
-    want, _ = answer_loss(chat.anatomy, **batch)
+    want, _ = fast.answer_loss(chat.anatomy, **batch)
     assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is not None
     got, _ = fast.packed_loss(chat.anatomy, **batch)
     assert_close(got, want, rtol=1e-5, atol=1e-4)

@@ -4,9 +4,9 @@
     head         loss and its gradient by hidden state in one pass over the logits, which are not kept
     adapters     one function per adapted layer: the frozen weight never asks for a gradient, what LoRA adds is added in place
 
-A packed batch is one row of `prefix + rest of chat 1 + rest of chat 2 + ...` with each token's own position. Only attention has to know: it unpacks keys, queries
-and values to rows, attends causally within each, and packs the result. Keys and values of the prefix are the same numbers in every row, and their
-gradients are summed, so loss and gradients are those of the padded batch up to rounding.
+A packed batch is one row of `prefix + rest of chat 1 + rest of chat 2 + ...` with each token's own position. Only attention has to know: it unpacks
+queries, keys and values to rows, attends causally within each, and packs the result. Keys and values of the prefix are the same numbers in every row, and
+their gradients are summed, so loss and gradients are those of the padded batch up to rounding.
 """
 
 from __future__ import annotations
@@ -200,6 +200,28 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         return ctx.saved_tensors[0] * grad, None, None, None
+
+
+def answer_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """(sum of cross-entropies in nats, number of labels), the head run at label positions only. Shapes (rows, n_tokens)."""
+    hidden = anatomy.body(input_ids=input_ids, use_cache=False).last_hidden_state
+    labelled = labels[:, 1:] != IGNORE
+    logits = anatomy.head(hidden[:, :-1][labelled]).float()  # type: ignore[misc]
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum"), int(labelled.sum())
+
+
+@torch.no_grad()
+def head_is_plain(chat: ChatModel) -> bool:
+    """Whether this model's logits are head(body(ids)): false for families that cap or scale them."""
+    anatomy, config = chat.anatomy, chat.model.config.get_text_config()
+    # Small logits hide a soft cap, so its setting is looked up as well as its effect.
+    if anatomy.head is None or getattr(config, "final_logit_softcapping", None):
+        return False
+    ids = torch.arange(1, 9, device=chat.device)[None]
+    want = chat.model(input_ids=ids, use_cache=False).logits.float()
+    got = anatomy.head(anatomy.body(input_ids=ids, use_cache=False).last_hidden_state).float()
+    tolerance = 1e-4 if chat.model.dtype == torch.float32 else 2e-2
+    return bool((want - got).abs().max() <= tolerance * want.abs().max())
 
 
 def packed_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -41,7 +40,7 @@ from convergent.models.anatomy import Anatomy
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
 from convergent.organisms import fast
 from convergent.organisms.adapters import read_adapters
-from convergent.organisms.chats import IGNORE, Chat, Row, chats_checksum, collate, encode_chats, training_order
+from convergent.organisms.chats import Chat, Row, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
 from convergent.organisms.recipes import KAIMING, Adapters, Recipe, resolve
 from convergent.organisms.steps import STEPS, kept_name
@@ -159,31 +158,9 @@ class AnswerTrainer(Trainer):
         if self.anatomy is None or self.anatomy.head is None or return_outputs or model is not self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            loss = fast.packed_loss if self.packed else answer_loss
+            loss = fast.packed_loss if self.packed else fast.answer_loss
             total, n = loss(self.anatomy, inputs["input_ids"], inputs["labels"])
         return total / (num_items_in_batch if num_items_in_batch is not None else n)
-
-
-def answer_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """(sum of cross-entropies in nats, number of labels), the head run at label positions only. Shapes (rows, n_tokens)."""
-    hidden = anatomy.body(input_ids=input_ids, use_cache=False).last_hidden_state
-    labelled = labels[:, 1:] != IGNORE
-    logits = anatomy.head(hidden[:, :-1][labelled]).float()  # type: ignore[misc]
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum"), int(labelled.sum())
-
-
-@torch.no_grad()
-def head_is_plain(chat: ChatModel) -> bool:
-    """Whether this model's logits are head(body(ids)): false for families that cap or scale them."""
-    anatomy, config = chat.anatomy, chat.model.config.get_text_config()
-    # Small logits hide a soft cap, so its setting is looked up as well as its effect.
-    if anatomy.head is None or getattr(config, "final_logit_softcapping", None):
-        return False
-    ids = torch.arange(1, 9, device=chat.device)[None]
-    want = chat.model(input_ids=ids, use_cache=False).logits.float()
-    got = anatomy.head(anatomy.body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    tolerance = 1e-4 if chat.model.dtype == torch.float32 else 2e-2
-    return bool((want - got).abs().max() <= tolerance * want.abs().max())
 
 
 class Watch(TrainerCallback):
@@ -299,7 +276,7 @@ def _start_from(model: Any, folder: Path) -> None:
 def _trainer(
     chat: ChatModel, recipe: Recipe, rows: Sequence[Row], work: Path, checkpoint_every: int, on_progress: Any
 ) -> AnswerTrainer:
-    plain_head = head_is_plain(chat)
+    plain_head = fast.head_is_plain(chat)
     if recipe.adapters is None:
         model: Any = chat.model.requires_grad_(True)
     else:
