@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -172,14 +173,49 @@ def compare(name: str, n_steps: int, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _in_a_process(name: str, n_steps: int, threads: int, seeds: Sequence[int]) -> None:
+    torch.set_num_threads(threads)
+    recipe = named_recipe(name, N_LAYERS, RECIPES[name])
+    chats = [e.chat() for e in load_training_set("bundled:finance").take(n_steps * recipe.batch_size * recipe.grad_accumulation).examples]
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            ours(Work(recipe.changed({"seed": seed}), chats, ()), Path(folder))
+
+
+def parallel(name: str, n_steps: int, repeats: int, threads: int) -> dict[str, Any]:
+    """As many organisms as threads: seconds one after the other with all threads, and each in a process of one thread; starts of processes count."""
+    context = multiprocessing.get_context("spawn")
+    shares = {"in turn": [(threads, list(range(threads)))], "side by side": [(1, [seed]) for seed in range(threads)]}
+    seconds: dict[str, list[float]] = {side: [] for side in shares}
+    for repeat in range(repeats):
+        for side in list(shares)[:: 1 if repeat % 2 == 0 else -1]:
+            start = time.perf_counter()
+            processes = [context.Process(target=_in_a_process, args=(name, n_steps, *share)) for share in shares[side]]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+            if any(p.exitcode for p in processes):
+                raise SystemExit(f"--parallel: a training of {name} {side} failed")
+            seconds[side].append(time.perf_counter() - start)
+    ratios = [a / b for a, b in zip(seconds["in turn"], seconds["side by side"], strict=True)]
+    print(f"{name}: {threads} organisms side by side are {statistics.median(ratios):.2f} times as fast as in turn ({min(ratios):.2f} to {max(ratios):.2f})")
+    return {"seconds": seconds, "ratios": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a training")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--parallel", action="store_true", help="instead: organisms side by side in processes of one thread against one after the other")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.parallel:
+        beside = {name: parallel(name, options.steps, options.repeats, options.threads) for name in options.recipes}
+        print(json.dumps({"claim": "training side by side", "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))
+        return
     found = {name: compare(name, options.steps, options.repeats) for name in options.recipes}
     peers = {}
     for package in ("trl", "peft", "accelerate"):
