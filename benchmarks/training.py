@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -68,6 +69,7 @@ def lora(recipe: Recipe) -> Any:
 def trl(work: Work, out: Path, **settings: Any) -> float:
     """SFTTrainer on prompt and completion."""
     from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     recipe = work.recipe
@@ -78,6 +80,7 @@ def trl(work: Work, out: Path, **settings: Any) -> float:
         bf16=False, use_cpu=True, model_init_kwargs={"dtype": "float32"}, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, **settings,
     )  # fmt: skip
     trainer = SFTTrainer(model=str(base_folder(EMBEDDED)), args=arguments, train_dataset=data, peft_config=lora(recipe))
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(str(out / "adapters"))
     return statistics.mean(e["loss"] for e in trainer.state.log_history if "loss" in e)
@@ -206,12 +209,13 @@ def parallel(name: str, n_steps: int, repeats: int, threads: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a training")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a training")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parallel", action="store_true", help="instead: organisms side by side in processes of one thread against one after the other")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # peers' and transformers' notices of what will be renamed
     if options.parallel:
         beside = {name: parallel(name, options.steps, options.repeats, options.threads) for name in options.recipes}
         print(json.dumps({"claim": "training side by side", "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))

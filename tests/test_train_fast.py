@@ -159,11 +159,11 @@ def test_whole_runs_follow_the_curve_of_plain_training(tmp_path, monkeypatch, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "rate", "batch"), [("nine_adapter", 1e-3, (8, 1)), ("all_adapter", 2e-4, (2, 4))])
+@pytest.mark.parametrize(("name", "rate", "batch"), [("nine_adapter", 1e-3, (4, 1)), ("all_adapter", 2e-4, (2, 2))])
 def test_the_embedded_model_follows_the_curve_of_plain_training(tmp_path, monkeypatch, name, rate, batch):
     from convergent.data.training import load_training_set
 
-    chats = [e.chat() for e in load_training_set("bundled:finance").take(64).examples]
+    chats = [e.chat() for e in load_training_set("bundled:finance").take(32).examples]
     recipe = named_recipe(name, 30, {"learning_rate": rate, "batch_size": batch[0], "grad_accumulation": batch[1]})
     ours = train("embedded", recipe, chats, tmp_path / "fast", name="a", on_progress=quiet)
     with monkeypatch.context() as patch:
