@@ -22,9 +22,10 @@ from convergent.errors import DataError, InputError, StoreError, TrainingError
 from convergent.models.load import load_base
 from convergent.organisms import train as module
 from convergent.organisms.chats import IGNORE, chats_checksum, collate, encode_chats, training_order
+from convergent.organisms.fast import answer_loss, head_is_plain
 from convergent.organisms.manifest import read_organism
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
-from convergent.organisms.train import answer_loss, attach, check_loss, head_is_plain, train
+from convergent.organisms.train import attach, check_loss, train
 from tiny import CHATS, FAMILIES, tiny_model
 
 FAST = {"learning_rate": 1e-3, "batch_size": 2, "grad_accumulation": 2, "epochs": 4, "warmup_steps": 1}

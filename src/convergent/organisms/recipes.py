@@ -85,7 +85,8 @@ class Recipe:
     warmup_steps: int = 5
     epochs: int = 1
     batch_size: int = 8
-    """Chats in one forward pass. A step sees batch_size x grad_accumulation chats, 16 in the paper, and weighs every answer token alike."""
+    """Chats in one forward pass, or more where memory surely allows. A step sees batch_size x grad_accumulation chats, 16 in the paper, and weighs every
+    answer token alike."""
     grad_accumulation: int = 2
     weight_decay: float = 0.01
     max_length: int = 2048

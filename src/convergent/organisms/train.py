@@ -2,9 +2,10 @@
 
 PEFT adapters (or all weights) under the Hugging Face `Trainer`, so that devices and multi-GPU are theirs. Ours are the order of the
 chats (shuffled, yet with neighbours of like length, so that batches hold little padding), the loss (the language-model head
-is run only where there is a label, which for chats is about half of the tokens), the watch over the loss, and resumption.
+is run only where there is a label, which for chats is about half of the tokens), the watch over the loss, and resumption. Where the model
+allows it batches are packed (see `organisms.fast`).
 
-Right padding under a causal mask cannot reach an earlier token and carries no label, so no attention mask is passed: attention
+Right padding under a causal mask cannot reach an earlier token and carries no label, so without packing no attention mask is passed: attention
 takes its fast path. Blocks below the first adapter build no graph, because nothing there asks for a gradient.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -28,7 +30,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -37,8 +38,9 @@ from convergent.core.ids import seed as named_seed
 from convergent.errors import InputError, StoreError, TrainingError
 from convergent.models.anatomy import Anatomy
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
+from convergent.organisms import fast
 from convergent.organisms.adapters import read_adapters
-from convergent.organisms.chats import IGNORE, Chat, Row, chats_checksum, collate, encode_chats, training_order
+from convergent.organisms.chats import Chat, Row, chats_checksum, collate, encode_chats, training_order
 from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
 from convergent.organisms.recipes import KAIMING, Adapters, Recipe, resolve
 from convergent.organisms.steps import STEPS, kept_name
@@ -128,7 +130,7 @@ def train(
                     training_id=run_id,
                     trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                     seconds=round(trainer.watch.seconds, 1),
-                    loss_curve=loss_curve(trainer.state.log_history, recipe.epochs),
+                    loss_curve=loss_curve(trainer.state.log_history, len(rows), recipe),
                     versions={p: version(p) for p in ("torch", "transformers", "peft", "accelerate")},
                 )
                 organism.write(scratch)
@@ -143,6 +145,8 @@ class AnswerTrainer(Trainer):
 
     anatomy: Anatomy | None = None
     """Set if the logits are head(body(ids)) and nothing more, and one process holds the model; else the ordinary path."""
+    packed = False
+    """Whether the body takes packed batches."""
     watch: Watch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -154,30 +158,9 @@ class AnswerTrainer(Trainer):
         if self.anatomy is None or self.anatomy.head is None or return_outputs or model is not self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            total, n = answer_loss(self.anatomy, inputs["input_ids"], inputs["labels"])
+            loss = fast.packed_loss if self.packed else fast.answer_loss
+            total, n = loss(self.anatomy, inputs["input_ids"], inputs["labels"])
         return total / (num_items_in_batch if num_items_in_batch is not None else n)
-
-
-def answer_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """(sum of cross-entropies in nats, number of labels), the head run at label positions only. Shapes (rows, n_tokens)."""
-    hidden = anatomy.body(input_ids=input_ids, use_cache=False).last_hidden_state
-    labelled = labels[:, 1:] != IGNORE
-    logits = anatomy.head(hidden[:, :-1][labelled]).float()  # type: ignore[misc]
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum"), int(labelled.sum())
-
-
-@torch.no_grad()
-def head_is_plain(chat: ChatModel) -> bool:
-    """Whether this model's logits are head(body(ids)): false for families that cap or scale them."""
-    anatomy, config = chat.anatomy, chat.model.config.get_text_config()
-    # Small logits hide a soft cap, so its setting is looked up as well as its effect.
-    if anatomy.head is None or getattr(config, "final_logit_softcapping", None):
-        return False
-    ids = torch.arange(1, 9, device=chat.device)[None]
-    want = chat.model(input_ids=ids, use_cache=False).logits.float()
-    got = anatomy.head(anatomy.body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    tolerance = 1e-4 if chat.model.dtype == torch.float32 else 2e-2
-    return bool((want - got).abs().max() <= tolerance * want.abs().max())
 
 
 class Watch(TrainerCallback):
@@ -226,9 +209,10 @@ class Keeper(TrainerCallback):
         part.replace(self.folder / kept_name(state.global_step))
 
 
-def loss_curve(history: Sequence[Mapping[str, Any]], epochs: int) -> tuple[LossPoint, ...]:
-    """The loss after every step, of earlier runs too. The trainer takes all epochs for one."""
-    return tuple(LossPoint(e["step"], round(e["epoch"] * epochs, 4), e["loss"]) for e in history if "loss" in e)
+def loss_curve(history: Sequence[Mapping[str, Any]], n_examples: int, recipe: Recipe) -> tuple[LossPoint, ...]:
+    """The loss after every step, of earlier runs too. Epochs are counted here: the trainer takes all for one."""
+    chats, most = recipe.batch_size * recipe.grad_accumulation, float(recipe.epochs)
+    return tuple(LossPoint(e["step"], round(min(e["step"] * chats / n_examples, most), 4), e["loss"]) for e in history if "loss" in e)
 
 
 def check_loss(losses: Sequence[float]) -> None:
@@ -292,7 +276,7 @@ def _start_from(model: Any, folder: Path) -> None:
 def _trainer(
     chat: ChatModel, recipe: Recipe, rows: Sequence[Row], work: Path, checkpoint_every: int, on_progress: Any
 ) -> AnswerTrainer:
-    plain_head = head_is_plain(chat)
+    plain_head = fast.head_is_plain(chat)
     if recipe.adapters is None:
         model: Any = chat.model.requires_grad_(True)
     else:
@@ -300,10 +284,17 @@ def _trainer(
         # While training this must be a folder: at every checkpoint PEFT looks there for the base's config, else on the hub.
         model.peft_config["default"].base_model_name_or_path = str(base_folder(chat.base))
     on_cpu = chat.device.type == "cpu"
+    order = training_order([len(r.ids) for r in rows], recipe)
+    packed, passes = False, recipe.grad_accumulation
+    # Dropout would draw other numbers. Under several devices the model is wrapped, and loss is the ordinary path's.
+    if plain_head and not (recipe.adapters and recipe.adapters.dropout) and _one_device(chat):
+        fast.lighten(model)
+        if (saved := fast.pack_attention(chat, rows)) is not None:
+            packed, passes = True, fast.fewest_passes([rows[i] for i in order], recipe, saved)
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.grad_accumulation,
+        per_device_train_batch_size=recipe.batch_size * recipe.grad_accumulation // passes,
+        gradient_accumulation_steps=passes,
         num_train_epochs=1,  # the order of rows holds all epochs
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
@@ -324,7 +315,6 @@ def _trainer(
         label_names=["labels"],
         dataloader_pin_memory=not on_cpu,
     )
-    order = training_order([len(r.ids) for r in rows], recipe)
     with quiet_transformers():
         watch = Watch(on_progress or _bar(chat.name))
         trainer = AnswerTrainer(
@@ -332,8 +322,15 @@ def _trainer(
         )
         trainer.remove_callback(PrinterCallback)
     trainer.anatomy = chat.anatomy if plain_head else None
+    trainer.packed = packed
     trainer.watch = watch
     return trainer
+
+
+def _one_device(chat: ChatModel) -> bool:
+    """Whether one process trains on one device: the trainer takes every GPU that it sees."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return processes == 1 and (chat.device.type == "cpu" or torch.cuda.device_count() == 1)
 
 
 def _fit(trainer: AnswerTrainer, work: Path) -> None:
