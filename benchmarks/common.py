@@ -4,7 +4,7 @@ A benchmark measures *sides* (this project, its peers, the machine's own line) o
 turns round from repeat to repeat, so that what else the machine does falls on all alike; a ratio is taken within a repeat, and its median and extremes are shown.
 A peer that is missing or fails is named with its reason; a failure of our own side ends the run. Knows nothing of what is measured.
 
-The line on stdout: {"claim", "rows": {row: {"target", "peer", "ratios", "note"}}, "sides", "unit", "failed", "settings", "versions", "machine", ...}. `benchmarks/run.py`
+The line on stdout: {"claim", "rows": {row: {"target", "peer", "ratios", "note", "unit", "at_most"}}, "sides", "unit", "failed", "settings", "versions", "machine", ...}. `benchmarks/run.py`
 collects it, `scripts/write_benchmarks.py` makes the page of it.
 """
 
@@ -106,9 +106,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "none"
 
 
-def row(ratios: Sequence[float], target: float | None, peer: str, note: str = "") -> dict[str, Any]:
-    """One line of the table; `ratios` empty says that it was not measured, and `note` why."""
-    return {"ratios": list(ratios), "target": target, "peer": peer, "note": note}
+def row(ratios: Sequence[float], target: float | None, peer: str, note: str = "", unit: str = "x", at_most: bool = False) -> dict[str, Any]:
+    """One line of the table; `ratios` empty says that it was not measured, and `note` why. With another unit they are figures, and `at_most` says which way is good."""
+    return {"ratios": list(ratios), "target": target, "peer": peer, "note": note, "unit": unit, "at_most": at_most}
 
 
 def finish(
@@ -119,8 +119,8 @@ def finish(
     if sides:
         sides.show(unit)
     for name, r in rows.items():
-        target = "" if r["target"] is None else f", target {r['target']:g}"
-        print(f"{name}: {spread(r['ratios'])}{target}, against {r['peer']}" + (f" ({r['note']})" if r["note"] else ""))
+        target = "" if r["target"] is None else f", target {'at most' if r['at_most'] else 'at least'} {r['target']:g}"
+        print(f"{name}: {spread(r['ratios'])} {r['unit']}{target}" + (f", against {r['peer']}" if r["peer"] else "") + (f" ({r['note']})" if r["note"] else ""))
     record = {
         "claim": claim, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "quick": options.quick, "repeats": options.repeats, "rows": rows,
         "sides": sides.figures if sides else {}, "unit": unit, "failed": sides.failed if sides else {}, "settings": dict(settings or {}),
