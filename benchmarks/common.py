@@ -148,7 +148,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(), "threads": threads, "isa": [f for f in FLAGS if f in _field("flags").split()],
         "torch_isa": torch.backends.cpu.get_cpu_capability(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30) if hasattr(os, "sysconf") else None,
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": platform.system(), "python": platform.python_version(),
     }  # fmt: skip
 
