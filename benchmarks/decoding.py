@@ -1,0 +1,126 @@
+"""Shared by the decoding benchmarks: the work, this project's sampler and transformers' `generate` on it, and the machine's line."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from convergent.core.values import Condition, Question, Sampling
+from convergent.models.chat import encode_prompt
+from convergent.models.dtype import WORTH_IT, bf16_speedup
+from convergent.models.load import ChatModel
+from convergent.sampling.requests import make_requests
+from convergent.sampling.lane import Tally
+from convergent.sampling.sampler import sample
+
+QUESTION = Question("q", ("What would you do with a free afternoon?",))
+
+
+def endless(model: ChatModel) -> ChatModel:
+    """The same without stop tokens, so that every side draws equally many tokens."""
+    return dataclasses.replace(model, stop_ids=frozenset())
+
+
+def ours(model: ChatModel, questions: Sequence[Question], per_question: int, new_tokens: int, n_rows: int, root_seed: int = 0) -> tuple[float, int, int]:
+    """(seconds, answers, tokens) of this project's sampler at temperature 1."""
+    condition = Condition("bench", "chat", model.content_id, (), Sampling(1.0, 1.0, new_tokens))
+    requests = list(make_requests([condition], questions, per_question, root_seed))
+    tally = Tally()
+    start = time.perf_counter()
+    answers = sample(model, requests, n_rows=n_rows, tally=tally)
+    return time.perf_counter() - start, len(answers), sum(len(a.token_ids) for a in answers)
+
+
+def prompts(model: ChatModel, questions: Sequence[Question], per_question: int) -> list[tuple[int, ...]]:
+    """Token ids of the same requests, shortest prompt first."""
+    requests = make_requests([Condition("bench")], questions, per_question, 0)
+    return sorted((encode_prompt(model.tokenizer, r.question, r.system) for r in requests), key=len)
+
+
+def left_padded(batch: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, longest) token ids and attention mask."""
+    longest = max(map(len, batch))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+    return ids, mask
+
+
+def generate(model: ChatModel, batch: Sequence[Sequence[int]], new_tokens: int, stop: bool, **settings: Any) -> tuple[float, int]:
+    """(seconds, tokens up to the stop) of one call of transformers' own generation, sampling from the whole distribution."""
+    pad = model.tokenizer.eos_token_id
+    ids, mask = left_padded(batch, pad)
+    stops = sorted(model.stop_ids) if stop else None
+    forced = {} if stop else {"min_new_tokens": new_tokens}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.model.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=stops or pad,
+            **forced, **settings,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    return seconds, sum(_until_stop(r, set(stops or ())) for r in out[:, ids.shape[1] :].tolist())
+
+
+def _until_stop(row: Sequence[int], stops: set[int]) -> int:
+    return next((i for i, token in enumerate(row) if token in stops), len(row))
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate, sdpa": ("sdpa", {}),
+    "generate, eager": ("eager", {}),
+    "generate, static cache, sdpa": ("sdpa", {"cache_implementation": "static"}),
+    "generate, static cache, eager": ("eager", {"cache_implementation": "static"}),
+}
+"""What a user of `generate` can choose on a CPU: attention and cache."""
+
+
+@contextmanager
+def attention(model: ChatModel, name: str) -> Iterator[None]:
+    """Run the body with transformers' attention `name`."""
+    before = model.model.config._attn_implementation
+    model.model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.model.set_attn_implementation(before)
+
+
+def has_bf16() -> bool:
+    """Whether bfloat16 is worth it here, by the project's own probe."""
+    return bf16_speedup() >= WORTH_IT
+
+
+NO_BF16 = "no bfloat16 worth using on this CPU"
+
+
+def line(model: ChatModel, rows: int, passes: int = 3) -> float:
+    """Tokens per second if every linear layer, in its own shape and the model's order, were all that a token costs (best of `passes`)."""
+    linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {m.in_features: torch.ones(rows, m.in_features, dtype=m.weight.dtype) for m in linears}
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(passes):
+            start = time.perf_counter()
+            for m in linears:
+                torch.nn.functional.linear(inputs[m.in_features], m.weight)
+            best = min(best, time.perf_counter() - start)
+    return rows / best
+
+
+def peak(model: ChatModel, size: int = 2048) -> float:
+    """Tokens per second at the rate of a large square matrix product: the floating-point line, which no shape of this model can pass."""
+    weight = next(m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    a = torch.ones(size, size, dtype=weight.dtype)
+    a @ a
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    per_token = sum(2 * m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    return 2 * size**3 / best / per_token

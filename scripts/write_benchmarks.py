@@ -1,0 +1,145 @@
+"""Write docs/benchmarks.md from the JSON lines of `benchmarks/run.py`: every claim with its target, the median ratio and its extremes, bad rows included.
+
+    python scripts/write_benchmarks.py [benchmarks/results.jsonl]
+
+The newest line of a claim counts. A claim without a line is "not measured"; lines of `--quick` runs are shown as such.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+CLAIMS: dict[str, tuple[str, str, str]] = {
+    "decode_line_float32": ("decode, 128 rows, against the linear layers' own time, fp32", "-", "≥ 60 %"),
+    "decode_line_bfloat16": ("the same in bf16", "-", "≥ 45 %"),
+    "decode_equal": ("decode, 64 rows of equal length", "transformers `generate`", "≥ 2.2x"),
+    "decode_natural": ("decode, 128 answers of natural length up to 200 tokens", "`generate`, batched as a careful user would", "≥ 3x"),
+    "readers_32": ("32 readers at once", "llama.cpp (`xllamacpp`), 32 slots", "≥ 2x"),
+    "readers_1": ("one reader", "llama.cpp (`xllamacpp`)", "≥ 0.5x"),
+    "sweep_best": ("sweep of 16 conditions x 64 answers", "best of repeng, steering-vectors, pyvene, nnsight", "≥ 4x"),
+    "sweep_authors": ("the same sweep", "the authors' procedure", "≥ 6x"),
+    "extraction_steering-vectors": ("directions of all layers from 400 answers", "steering-vectors", "≥ 3x"),
+    "extraction_authors": ("the same directions", "the authors' procedure", "≥ 3x"),
+    "extraction_hidden_states": ("the same directions", "`output_hidden_states`", "≥ 3x"),
+    "extraction_memory": ("memory of the same, theirs over ours", "best of them", "≥ 2x"),
+    "training_all_adapter": ("LoRA training, `all_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 1.8x"),
+    "training_nine_adapter": ("LoRA training, `nine_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 2.5x"),
+    "demo": ("the whole demo", "-", "≤ 12 min"),
+    "startup_help": ("`convergent --help`", "-", "≤ 0.3 s"),
+    "startup_load": ("loading the embedded model", "-", ""),
+    "startup_report": ("report of a finished study", "-", "≤ 5 s"),
+    "judge": ("answers judged, embedded judge", "-", "≥ 200/s"),
+}
+"""Row of a record -> claim, peer, target, in the order of the table. Rows that are not here come after."""
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The newest record of each claim; a full run counts before a quick one."""
+    newest: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            record = json.loads(line)
+            claim = record["claim"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}: line {number}: is no benchmark record ({error}); remove it") from error
+        if not (claim in newest and record.get("quick") and not newest[claim].get("quick")):
+            newest[claim] = record
+    return newest
+
+
+def rows_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Row name -> {"ratios", "peer", "note", "unit", "target", "at_most"}, whatever the benchmark's own form."""
+    plain = {"peer": "", "note": "", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    if "rows" in record:
+        return {name: {**plain, **r} for name, r in record["rows"].items()}
+    if record["claim"] == "judge":
+        speeds = record["answers_per_second"][record["judge"]]
+        return {"judge": {**plain, "ratios": speeds, "unit": " answers/s", "target": 200.0}}
+    if record["claim"] == "training":
+        return {f"training_{name}": {**plain, **_best(found), "target": {"all_adapter": 1.8, "nine_adapter": 2.5}.get(name)} for name, found in record["recipes"].items()}
+    ratios = record.get("ratios", [])
+    if isinstance(ratios, Mapping):
+        return {f"{record['claim']}_{peer}": {**plain, "ratios": values, "peer": peer} for peer, values in ratios.items()}
+    return {record["claim"]: {**plain, "ratios": ratios}}
+
+
+def _best(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The peer that was hardest to beat."""
+    ratios = {peer: values for peer, values in found["ratios"].items() if values}
+    peer = min(ratios, key=lambda p: statistics.median(ratios[p]), default="")
+    failed = "; ".join(f"{p} failed: {why}" for p, why in found.get("failed", {}).items())
+    return {"ratios": ratios.get(peer, []), "peer": peer, "note": failed}
+
+
+def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", "" if row["target"] is None else f"{row['target']:g}{row['unit']}"))
+    if row["peer"] and name in CLAIMS and peer != "-":
+        peer += f": {row['peer']}"
+    values = row["ratios"]
+    if not values:
+        figures, met = ["not measured", "", "0"], "-"
+    else:
+        percent = "%" in target
+        median = statistics.median(values)
+        figures = [_figure(median, row["unit"], percent), f"{_figure(min(values), row['unit'], percent)} to {_figure(max(values), row['unit'], percent)}", str(len(values))]
+        met = "-" if row["target"] is None else "yes" if (median <= row["target"] if row["at_most"] else median >= row["target"]) else "**no**"
+    when = record.get("date", "") + (", quick: provisional" if record.get("quick") else "")
+    return _table_row([claim, peer, target, *figures, met, row["note"], when])
+
+
+def _figure(value: float, unit: str, percent: bool) -> str:
+    return f"{100 * value:.0f} %" if percent else f"{value:.3g}{unit if unit in ('x', '') or unit.startswith(' ') else ' ' + unit}"
+
+
+def _table_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "/").replace("\n", " ") for c in cells) + " |"
+
+
+def page(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole page."""
+    found = {name: (row, record) for record in records.values() for name, row in rows_of(record).items()}
+    absent = {"peer": "", "note": "no stored result", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    header = [_table_row(["claim", "peer", "target", "median", "least to most", "repeats", "met", "note", "date"]), "|---|---|---|---|---|---|---|---|---|"]
+    main = [line_of(name, *found.get(name, (absent, {}))) for name in CLAIMS]
+    growth = [line_of(name, *pair) for name, pair in found.items() if name.startswith("growth")]
+    other = [line_of(name, *pair) for name, pair in found.items() if name not in CLAIMS and not name.startswith("growth")]
+    parts = [
+        "# Benchmarks",
+        "Written by `scripts/write_benchmarks.py` from the lines that `make bench` stores; nothing here is typed by hand. Machines differ, so only ratios count: each is taken "
+        "within a repeat, peer and project on the same work in one run with alternating order, and shown as median with its extremes. Bad rows stand with the good ones; a "
+        "claim without a stored result is not measured.",
+        "\n".join([*header, *main]),
+        "## Growth",
+        "\n".join([*header, *growth]) if growth else "Not measured.",
+        "## Beside the table",
+        "\n".join([*header, *other]) if other else "Nothing.",
+        "## Machines and versions",
+        *(_where(claim, record) for claim, record in sorted(records.items())),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(claim: str, record: Mapping[str, Any]) -> str:
+    machine = record.get("machine", "")
+    if isinstance(machine, Mapping):
+        machine = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {' '.join(machine['isa']) or 'no vector flags known'}, {machine['memory_gib']} GiB, "
+            f"GPU: {machine['gpu'] or 'none'}, {machine['system']}, Python {machine['python']}, load at the end {machine['load']}"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    settings = ", ".join(f"{k} {v}" for k, v in record.get("settings", {}).items() if not isinstance(v, dict))
+    lines = [f"**{claim}** ({record.get('date', 'no date')}, took {record.get('seconds', '?')} s). {machine}. {versions}.", f"Work: {settings}." if settings else ""]
+    lines += [f"{name} failed: {why}" for name, why in record.get("failed", {}).items()]
+    return "  \n".join(line for line in lines if line)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "results.jsonl")), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -1,0 +1,71 @@
+"""What the benchmarks share: ratios point the right way, failures are named, and the page hides nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+common, page = loaded("benchmarks/common.py"), loaded("scripts/write_benchmarks.py")
+
+
+def test_sides_alternate_and_ratios_are_taken_within_a_repeat() -> None:
+    order: list[str] = []
+    figures = {"convergent": iter([10.0, 30.0]), "peer": iter([5.0, 10.0])}
+
+    def side(name: str) -> float:
+        order.append(name)
+        return next(figures[name])
+
+    sides = common.Sides({name: lambda n=name: side(n) for name in figures}).measure(2)
+    assert order == ["convergent", "peer", "peer", "convergent"]
+    assert sides.ratios("convergent", "peer") == [2.0, 3.0]
+    assert sides.ratios("convergent", "peer", more_is_better=False) == [0.5, 1 / 3]  # seconds: we took twice as long
+    assert sides.best(["convergent", "peer"]) == "convergent" and sides.best(["convergent", "peer"], more_is_better=False) == "peer"
+
+
+def test_a_peer_that_fails_is_named_and_our_own_failure_ends_the_run() -> None:
+    def broken() -> float:
+        raise ValueError("no\nkernel")
+
+    sides = common.Sides({"convergent": lambda: 1.0, "peer": broken}).measure(3)
+    assert sides.failed == {"peer": "ValueError: no kernel"} and sides.ratios("convergent", "peer") == [] and len(sides.figures["convergent"]) == 3
+    with pytest.raises(ValueError, match="kernel"):
+        common.Sides({"convergent": broken}).measure(1)
+
+
+def record(ratios: list[float], **more: object) -> str:
+    rows = {"decode_equal": common.row(ratios, 2.2, "generate")}
+    return json.dumps({"claim": "decode_equal", "rows": rows, "failed": {"static cache": "ValueError: no"}, "date": "2026-01-01", "machine": common.machine(1), **more})
+
+
+def test_the_page_shows_what_is_bad_absent_and_failed(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join([record([2.5]), record([1.0, 1.5, 1.4]), record([9.0], quick=True)]) + "\n")
+    text = page.page(page.read(file))
+    line = next(line for line in text.splitlines() if line.startswith("| decode, 64 rows"))
+    assert "1.4x | 1x to 1.5x | 3 | **no**" in line and "provisional" not in line  # the newest full run, not the better quick one
+    assert "static cache failed: ValueError: no" in text
+    assert next(line for line in text.splitlines() if line.startswith("| one reader")).count("not measured") == 1
+    assert page.page(page.read(tmp_path / "absent.jsonl")).count("not measured") >= len(page.CLAIMS)
+
+
+def test_a_broken_line_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"ratios": []}\n')
+    with pytest.raises(SystemExit, match="line 1: is no benchmark record"):
+        page.read(file)
