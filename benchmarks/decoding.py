@@ -14,8 +14,8 @@ from convergent.core.values import Condition, Question, Sampling
 from convergent.models.chat import encode_prompt
 from convergent.models.dtype import WORTH_IT, bf16_speedup
 from convergent.models.load import ChatModel
-from convergent.sampling.requests import make_requests
 from convergent.sampling.lane import Tally
+from convergent.sampling.requests import make_requests
 from convergent.sampling.sampler import sample
 
 QUESTION = Question("q", ("What would you do with a free afternoon?",))
