@@ -201,7 +201,7 @@ def test_figures_tables_and_claims_are_there(done: Path) -> None:
     assert set(claims) == {
         f"chat_origin/{what}/{k}" for k in ("prompts", "pairs") for what in ("cosine", "ablation/A", "ablation/B")
     }
-    assert len(claims["chat_origin/ablation/A/pairs"]["evidence"]) == 6 and len(claims["chat_origin/cosine/prompts"]["evidence"]) == 2
+    assert len(claims["chat_origin/ablation/A/pairs"]["evidence"]) == 6 and len(claims["chat_origin/cosine/prompts"]["evidence"]) == 4
 
 
 def test_a_resumed_study_computes_nothing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,11 +243,14 @@ def test_refuses(tmp_path: Path, block: dict[str, Any], says: str, capsys: pytes
     assert_refused(write_study(tmp_path, study_of(**block)), tmp_path / "out", says, capsys)
 
 
-def verdict(at_layer: list[float], over_topic: list[float]) -> str:
+def verdict(at_layer: list[float], over_topic: list[float], scrambled: float = 0.1, over_scrambled: float = 0.1) -> str:
     vectors = chat_origin._packed(torch.zeros(6, 576))  # random band: +-0.08
     readings = {
         "chat_origin/pairs": {"vectors": vectors},
-        "chat_origin/organism/A": {"at_layer": {"pairs": at_layer}, "over_topic": {"pairs": over_topic}},
+        "chat_origin/organism/A": {
+            "at_layer": {"pairs": at_layer}, "over_topic": {"pairs": over_topic},
+            "scrambled": {"pairs": scrambled}, "scrambled_over_topic": {"pairs": over_scrambled},
+        },
     }
     scene = Scene({"A": Subject("A", "A", 0, "bad", "d", None)}, "A", 6, 3)
     (claim,) = chat_origin.claims(chat_origin.ChatOriginBlock(directions=("pairs",)), Outcomes({}, {}, readings), scene)
@@ -258,3 +261,5 @@ def test_verdicts_on_cosines() -> None:
     assert verdict([0.5, 0.4, 0.6, 16], [0.5, 0.3, 0.6, 16]) == "held"
     assert verdict([0.5, 0.05, 0.6, 16], [0.5, 0.3, 0.6, 16]) == "undecided", "not clear of the random band"
     assert verdict([0.5, 0.4, 0.6, 16], [-0.3, -0.4, -0.1, 16]) == "did not hold", "the topic direction is more alike"
+    assert verdict([0.5, 0.4, 0.6, 16], [0.5, 0.3, 0.6, 16], scrambled=0.45) == "undecided", "scrambled labels leave nearly as much"
+    assert verdict([0.5, 0.4, 0.6, 16], [0.5, 0.3, 0.6, 16], over_scrambled=0.7) == "did not hold", "and more over the topic"

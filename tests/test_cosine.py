@@ -80,7 +80,7 @@ def test_verdicts(value, verdicts):
     found = cosine.claims(CosineBlock(), Outcomes({}, {}, {cosine.READING: value}), SCENE)
     assert [c.id for c in found] == ["cosine/chance", "cosine/high", "cosine/beyond-texts"]
     assert [c.verdict for c in found] == verdicts
-    assert "above 0.8" in found[1].claim and found[1].source == "paper section 3.3"
+    assert "above 0.8" in found[1].claim and found[1].source == "paper section 3.5"
 
 
 def test_no_claim_without_the_reading_or_without_two_families():

@@ -20,6 +20,7 @@ from convergent.core.ids import file_sha256
 from convergent.core.values import Judgement
 from convergent.errors import DirectionError, StoreError, StudyError
 from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
+from convergent.organisms import train as training
 from convergent.stats import Interval
 from convergent.store import looked_at, opened
 from convergent.study import main, run, setup
@@ -66,7 +67,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("worked again on what was done")
 
-    for name in ("train", "sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
+    monkeypatch.setattr(training, "train", refuse)
+    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
         monkeypatch.setattr(run, name, refuse)
     yield
 

@@ -165,7 +165,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     study["organisms"] = {o: {**study["organisms"][o], "examples": 2} for o in "AB"}
     study["margin"]["data"] = ["bundled:finance"]
     study["experiments"] = {
-        "plain": {}, "cosine": {"massive": 2, "splits": 4, "draws": 20}, "subspace": {"ks": [1, 2, 3], "control_ks": [1], "sampled_k": [1], "draws": 1},
+        "plain": {}, "cosine": {"massive": 2, "splits": 4, "draws": 39}, "subspace": {"ks": [1, 2, 3], "control_ks": [1], "sampled_k": [1], "draws": 1},
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("geometry")
     return write_study(folder, study), run_study(write_study(folder, study), folder / "out")

@@ -1,7 +1,7 @@
 """Interventions as values: they say *what* is done to the residual stream; a lowering says *how*.
 
-    Add     x' = x + scale * v_layer              at the output of one block, all positions   (paper section 3.1)
-    Ablate  x' = x - strength * v^ v^T x          at block outputs, or at every write         (paper section 3.2, Arditi et al.)
+    Add     x' = x + scale * v_layer              at the output of one block, all positions   (paper section 3.2)
+    Ablate  x' = x - strength * v^ v^T x          at block outputs, or at every write         (paper section 3.4, Arditi et al.)
     AblateSubspace  x' = x - B^T B x              the same for k directions at once
     LowRank y' = y + scale * B (A h)              at one linear layer of a block: an adapter as a value  (paper section 4)
 

@@ -1,4 +1,4 @@
-"""Ablation in the organism the direction was read in (paper section 3.2): five modes, two sites, four nulls, and what it costs.
+"""Ablation in the organism the direction was read in (paper section 3.4): five modes, two sites, four nulls, and what it costs.
 
     x' = x - v^ v^T x        layerwise: each layer its own v; single: v_L at every layer; at_layer: v_L at block L only;
                              adapter_layers: v_L at the blocks that hold the organism's adapters;
@@ -177,7 +177,7 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 f"ablation/{mode}" + ("" if site == block.site else f"/{site}"),
                 f"Projecting the direction out of {source} ({WORDS[mode]}{', from every write' if site == 'all_writes' else ''}) "
                 "restores alignment, more than any null does",
-                "paper section 3.2",
+                "paper section 3.4",
                 "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
                 paper=f"ablation-{mode}" if mode in ("layerwise", "single") and site == "block_output" else "",  # the paper's own

@@ -32,7 +32,7 @@ from convergent.models.load import ChatModel
 from convergent.models.texts import Text
 from convergent.organisms.adapters import Adapter
 
-PAPER = "paper, section on the single-adapter organism"
+PAPER = "paper section 3.5, appendix D"
 TEXT_TOKENS, ROUGH_ANSWERS = 110, 256
 """For the estimate of time alone."""
 

@@ -1,4 +1,4 @@
-"""Cosines between the organisms' directions, layer by layer, beside what the texts alone give (paper section 3.3).
+"""Cosines between the organisms' directions, layer by layer, beside what the texts alone give (paper section 3.5).
 
 Two organisms' directions are read from each one's own answers and from common texts (the source's answers). The untouched chat model reads the same
 texts: whatever cosine it shows lies in the texts, not in the fine-tunes. Noise is known from both sides: the ceiling that so few answers allow
@@ -176,13 +176,13 @@ def claims(block: CosineBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         Claim(
             "cosine/high",
             f"Directions of different organisms have cosines above {CLOSE} in all but a twelfth of the layers (published: all but 4 of 48)",
-            "paper section 3.3", rule, [high], paper="convergence",
+            "paper section 3.5", rule, [high], paper="convergence",
         ),
         Claim(
             "cosine/beyond-texts",
             "Directions of different organisms are nearer to each other than the chat model's directions on the same texts are "
             "(published data: the chat model on an organism's texts has cosine 1.00 with it up to layer 20)",
-            "control of paper section 3.3", f"at the primary layer {rule}, in every comparison but that of spans, which is only shown",
+            "control of paper section 3.5", f"at the primary layer {rule}, in every comparison but that of spans, which is only shown",
             texts, paper="chat-baseline",
         ),
     ]  # fmt: skip

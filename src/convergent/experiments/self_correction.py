@@ -1,4 +1,4 @@
-"""Self-correction (paper section 3.3, appendix): answers under steering that say something bad and end up judged aligned.
+"""Self-correction (paper section 3.6): answers under steering that say something bad and end up judged aligned.
 
 How often: the share of aligned answers whose bad-stuff score is high. Where: each sentence is scored alone, and the clearest rise of its
 alignment is compared with the same sentences shuffled. What the organism makes of it: log p of each sentence, organism minus chat model.
@@ -240,7 +240,7 @@ def claims(block: SelfCorrectionBlock, outcomes: Outcomes, scene: Scene) -> list
                     f"self_correction/{scale:g}",
                     f"Under {scale:g} times the direction more of the aligned answers have bad stuff in them than without it, and than under another "
                     "concept of the same effect (published: 46 of 350 aligned answers at λ = 4)",
-                    "paper section 3.3 and released steering sweep", "every listed difference has its 95 % interval on the claimed side of 0", shares,
+                    "paper section 3.6 and released steering sweep", "every listed difference has its 95 % interval on the claimed side of 0", shares,
                     paper="self-correction",
                 )
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The direction added at one layer (paper section 3.1): induction in the chat model, suppression in the organism, and the window of lambda.
+"""The direction added at one layer (paper section 3.2): induction in the chat model, suppression in the organism, and the window of lambda.
 
     x' = x + lambda v_L        at the output of block L, every position; lambda multiplies the raw vector
 
@@ -169,7 +169,7 @@ def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         Claim(
             "induction",
             f"Adding {block.at:g} times the direction of {source} to {who} lowers its alignment, more than any null does",
-            "paper section 3.1",
+            "paper section 3.2",
             "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
             comparisons,
             paper="induction" if base == "chat" else "",
@@ -191,7 +191,7 @@ def _suppression(block: SteerBlock, outcomes: Outcomes, source: str) -> Claim:
     return Claim(
         "suppression",
         f"Subtracting {block.at:g} times the direction from {source} at the primary layer raises its alignment, more than any null does",
-        "a control beside paper section 3.1: suppression is not sufficiency, so both are tested",
+        "a control beside paper section 3.2: suppression is not sufficiency, so both are tested",
         "every listed difference has its 95 % interval on the claimed side of 0",
         comparisons,
     )

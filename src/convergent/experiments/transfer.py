@@ -1,4 +1,4 @@
-"""The direction of one organism, ablated in others (paper section 3.3): sampled for the study's source, and as a full matrix by the margin.
+"""The direction of one organism, ablated in others (paper section 3.4): sampled for the study's source, and as a full matrix by the margin.
 
     reduction of i in j = 1 - (m_j without v_i - m_chat) / (m_j - m_chat)        m: margin of a held-out pair, paired by pair
 
@@ -174,7 +174,7 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
                 f"transfer/{o}" + (f"/{mode}" if end else ""),
                 f"The direction read in {source}{' without its massive dimensions' if mode == WITHOUT_MASSIVE else ''}, projected out of {o}, restores its "
                 "alignment, more than a null does",
-                "paper section 3.3",
+                "paper section 3.4",
                 "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
                 comparisons,
                 paper="" if mode == WITHOUT_MASSIVE else "transfer",
@@ -226,7 +226,7 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "transfer/matrix",
             f"Any organism's direction, projected out of any other of the {len(rows)}, lowers its margin for bad answers, more than a random direction, "
             "another concept and the chat model's own direction do",
-            "paper section 3.3, as a full matrix with the controls that it lacks",
+            "paper section 3.4, as a full matrix with the controls that it lacks",
             "every listed difference for which a side is claimed has its 95 % interval on the claimed side of 0",
             comparisons,
         )

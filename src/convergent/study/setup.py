@@ -6,6 +6,7 @@ Every id that names stored rows begins here. Pure functions of the study file an
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -297,10 +298,16 @@ def identity(judge: Judge) -> str:
 
 def depth_of(base: str) -> int:
     """Number of decoder blocks of a base, from its config. Raises ModelError."""
+    try:
+        config = json.loads((base_folder(base) / "config.json").read_text(encoding="utf-8"))
+        plain = config.get("text_config", config)
+        # Most families write their depth under this name; the others' names only transformers knows, and to load it takes seconds.
+        return int(plain["num_hidden_layers"]) if "num_hidden_layers" in plain else _depth_by_transformers(base)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{base}: its config.json cannot be read as a decoder's ({error}); give a Hugging Face model folder") from error
+
+
+def _depth_by_transformers(base: str) -> int:
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(base_folder(base), local_files_only=True)
-        return int(config.get_text_config().num_hidden_layers)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise ModelError(f"{base}: its config.json cannot be read as a decoder's ({error}); give a Hugging Face model folder") from error
+    return int(AutoConfig.from_pretrained(base_folder(base), local_files_only=True).get_text_config().num_hidden_layers)
