@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import VERSIONED, installed, row
+from common import machine as described
 
 SIDES = ("convergent", "steering-vectors", "batched", "authors")
 
@@ -165,14 +167,15 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--peer-python", default=sys.executable, help="python of an environment with steering-vectors, which pins an older transformers")
+    parser.add_argument("--quick", action="store_true", help="48 answers and two repeats: shows that it runs, its figures mean little")
+    parser.add_argument("--peer-python", default=os.environ.get("CONVERGENT_PEERS_PYTHON", sys.executable), help="python of an environment with steering-vectors, which pins an older transformers")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(*options.child, options.threads)
         return
-    from convergent.study.results import machine, versions
-
+    if options.quick:
+        options.answers, options.repeats = min(48, options.answers), min(2, options.repeats)
     seen: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -209,8 +212,20 @@ def main() -> None:
         r = rows[side]
         print(f"{side:17s} {spread(r['seconds'])} s, {spread(r['ratios'])} x ours; peak {spread(r['peak_mib'])} MiB, of it after loading {spread(r['above_load_mib'])}; "
               f"cosine to ours at least {r['cosine'][0]:.6f}")  # fmt: skip
-    record = {"claim": "extraction", "answers": options.answers, "repeats": options.repeats, "threads": options.threads, "sides": rows, "failed": failed}
-    print(json.dumps({**record, "versions": versions(), "machine": machine()}))
+    names = {"steering-vectors": "steering-vectors", "batched": "hidden_states", "authors": "authors"}
+    table = {
+        f"extraction_{name}": row(rows[s]["ratios"] if s in rows else [], 3.0, "", f"cosine to ours at least {rows[s]['cosine'][0]:.4f}" if s in rows else failed[s])
+        for s, name in names.items()
+    }  # fmt: skip
+    there = [s for s in names if s in rows]
+    least = min(there, key=lambda s: statistics.median(rows[s]["above_load_mib"]), default="")
+    if least:
+        peaks = ", ".join(f"{s} {statistics.median(rows[s]['peak_mib']):.0f}" for s in ("convergent", least))
+        memory = [1 / m if m else 0.0 for m in rows[least]["memory_above_load"]]
+        table["extraction_memory"] = row(memory, 2.0, least, f"above what the loaded model takes; peaks in MiB: {peaks}")
+    settings = {"answers": options.answers, "repeats": options.repeats, "threads": options.threads}
+    record = {"claim": "extraction", "rows": table, "settings": settings, "sides": rows, "failed": failed, "quick": options.quick}
+    print(json.dumps({**record, "versions": installed(*VERSIONED), "machine": described(options.threads)}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 
 import torch
+from common import VERSIONED, installed, row
+from common import machine as described
 
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, Add, Intervention
@@ -24,7 +26,6 @@ from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_answer
 from convergent.models.load import ChatModel, load_base
 from convergent.models.texts import batches, padded
-from convergent.study.results import machine, versions
 
 
 def conditions_of(model: ChatModel, seed: int = 0) -> list[tuple[Intervention, ...]]:
@@ -64,7 +65,10 @@ def main() -> None:
     parser.add_argument("--conditions", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="2 pairs, 4 conditions, two repeats")
     options = parser.parse_args()
+    if options.quick:
+        options.pairs, options.conditions, options.repeats = 2, 4, 2
     torch.set_num_threads(options.threads)
     model = load_base(dtype="float32")
     pairs = load_training_set("bundled:finance").pairs[: options.pairs]
@@ -82,8 +86,10 @@ def main() -> None:
     for name, times in seen.items():
         print(f"{name:6s} {statistics.median(t for t, _ in times):7.1f} s  ({min(t for t, _ in times):.1f} to {max(t for t, _ in times):.1f})")
     print(f"plain / ours: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); CPU time {statistics.median(cpu_ratios):.2f}; margins at most {apart:.1e} nats apart")
-    record = {"claim": "margin", "pairs": len(pairs), "conditions": len(conditions), "repeats": options.repeats, "threads": options.threads, "ratios": ratios, "cpu_ratios": cpu_ratios}
-    print(json.dumps({**record, "seconds": seen, "apart": apart, "versions": versions(), "machine": machine()}))
+    rows = {"margin": row(ratios, None, "a padded pass per condition on the same hooks", f"margins at most {apart:.1e} nats apart")}
+    settings = {"pairs": len(pairs), "conditions": len(conditions), "repeats": options.repeats, "threads": options.threads}
+    record = {"claim": "margin", "rows": rows, "settings": settings, "cpu_ratios": cpu_ratios, "sides": seen, "quick": options.quick}
+    print(json.dumps({**record, "versions": installed(*VERSIONED), "machine": described(options.threads)}))
 
 
 if __name__ == "__main__":
