@@ -280,6 +280,10 @@ def claims(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
             _topic_evidence(outcomes, topic, block, rest, "semantic/general", f"{topic} score, rest minus general direction (above 0 claimed)"),
             outcomes.alignment(rest, "semantic/general", "mean alignment, rest minus general direction (above 0 claimed)"),
         ]
+        if outcomes.has("semantic/random"):
+            # A push along anything may bring a topic up, compared with one that brings badness up.
+            than = f"{topic} score, rest minus {CONTROL_LABELS['random']} (above 0 claimed)"
+            split.append(_topic_evidence(outcomes, topic, block, rest, "semantic/random", than))
         found.append(
             Claim(
                 f"semantic/rest/{topic}",
