@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import VERSIONED, installed, row
+from common import VERSIONED, installed, row, spread
 from common import machine as described
 
 SIDES = ("convergent", "steering-vectors", "batched", "authors")
@@ -156,10 +156,6 @@ def once(side: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["ended without a word"])[-1][:200])
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:

@@ -6,16 +6,11 @@ after the other, with the head on every token. Order alternates; both sides must
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from common import VERSIONED, installed, row
-from common import machine as described
+from common import OURS, Sides, arguments, finish, row, started
 
 from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, Add, Intervention
@@ -26,6 +21,8 @@ from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_answer
 from convergent.models.load import ChatModel, load_base
 from convergent.models.texts import batches, padded
+
+PLAIN = "a padded pass per condition on the same hooks"
 
 
 def conditions_of(model: ChatModel, seed: int = 0) -> list[tuple[Intervention, ...]]:
@@ -60,36 +57,24 @@ def plain(model: ChatModel, pairs: Sequence[Pair], conditions: Sequence[Sequence
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--conditions", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="2 pairs, 4 conditions, two repeats")
-    options = parser.parse_args()
-    if options.quick:
-        options.pairs, options.conditions, options.repeats = 2, 4, 2
-    torch.set_num_threads(options.threads)
+    parser = arguments(__doc__)
+    parser.add_argument("--pairs", type=int, help="default 8, with --quick 2")
+    parser.add_argument("--conditions", type=int, help="default 16, with --quick 4")
+    options = started(parser)
     model = load_base(dtype="float32")
-    pairs = load_training_set("bundled:finance").pairs[: options.pairs]
-    conditions = conditions_of(model)[: options.conditions]
-    sides = {"ours": ours, "plain": plain}
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    pairs = load_training_set("bundled:finance").pairs[: options.pairs or (2 if options.quick else 8)]
+    conditions = conditions_of(model)[: options.conditions or (4 if options.quick else 16)]
     values: dict[str, list[float]] = {}
-    for repeat in range(options.repeats):
-        for name in list(sides)[:: 1 if repeat % 2 == 0 else -1]:
-            start, cpu = time.perf_counter(), time.process_time()
-            values[name] = sides[name](model, pairs, conditions)
-            seen[name].append((time.perf_counter() - start, time.process_time() - cpu))
-    apart = max(abs(a - b) for a, b in zip(values["ours"], values["plain"], strict=True))
-    ratios, cpu_ratios = ([b[k] / a[k] for a, b in zip(seen["ours"], seen["plain"], strict=True)] for k in (0, 1))
-    for name, times in seen.items():
-        print(f"{name:6s} {statistics.median(t for t, _ in times):7.1f} s  ({min(t for t, _ in times):.1f} to {max(t for t, _ in times):.1f})")
-    print(f"plain / ours: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); CPU time {statistics.median(cpu_ratios):.2f}; margins at most {apart:.1e} nats apart")
-    rows = {"margin": row(ratios, None, "a padded pass per condition on the same hooks", f"margins at most {apart:.1e} nats apart")}
-    settings = {"pairs": len(pairs), "conditions": len(conditions), "repeats": options.repeats, "threads": options.threads}
-    record = {"claim": "margin", "rows": rows, "settings": settings, "cpu_ratios": cpu_ratios, "sides": seen, "quick": options.quick}
-    print(json.dumps({**record, "versions": installed(*VERSIONED), "machine": described(options.threads)}))
+
+    def seconds(name: str, side: Callable[..., list[float]]) -> float:
+        start = time.perf_counter()
+        values[name] = side(model, pairs, conditions)
+        return time.perf_counter() - start
+
+    sides = Sides({OURS: lambda: seconds(OURS, ours), PLAIN: lambda: seconds(PLAIN, plain)}, ours=(OURS, PLAIN)).measure(options.repeats)
+    apart = max(abs(a - b) for a, b in zip(values[OURS], values[PLAIN], strict=True))
+    rows = {"margin": row(sides.ratios(OURS, PLAIN, more_is_better=False), None, PLAIN, f"margins at most {apart:.1e} nats apart")}
+    finish(options, "margin", rows, sides, "s", settings={"pairs": len(pairs), "conditions": len(conditions)})
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from torch.testing import assert_close
 
 from convergent.core.ids import content_id
 from convergent.errors import DataError, InputError, StoreError, TrainingError
+from convergent.models.head import head_is_plain
 from convergent.models.load import load_base
 from convergent.organisms import train as module
 from convergent.organisms.chats import IGNORE, chats_checksum, collate, encode_chats, training_order
-from convergent.organisms.fast import answer_loss, head_is_plain
+from convergent.organisms.fast import answer_loss
 from convergent.organisms.manifest import read_organism
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
 from convergent.organisms.train import attach, check_loss, train

@@ -54,8 +54,7 @@ class BVectorBlock(Block):
     """Answers per class over which the downstream changes are averaged."""
     jacobian_texts: int = Field(default=16, ge=2)
     jacobian_random: int = Field(default=19, ge=19)
-    """The largest of 19 is passed by chance once in twenty: fewer could not say what a 95 % interval says."""
-    """Random pushes beside B's."""
+    """Random pushes beside B's. The largest of 19 is passed by chance once in twenty: fewer could not say what a 95 % interval says."""
 
     @model_validator(mode="after")
     def _some_dose(self) -> BVectorBlock:

@@ -72,8 +72,7 @@ def _through(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class Rows:
     """Interventions in force, with the condition of each row of the next forward pass; every thread has its own."""
 
-    def __init__(self, n_conditions: int, device: torch.device) -> None:
-        self.n_conditions = n_conditions
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._first = torch.zeros(1, dtype=torch.long, device=device)
         self._mine = threading.local()
@@ -96,7 +95,7 @@ def applied_rows(anatomy: Anatomy, conditions: Sequence[Sequence[Intervention]])
     The model is as before afterwards, also if a registration fails. Raises DirectionError if a direction does not fit the model, ModelError if an
     adapter does not.
     """
-    rows = Rows(len(conditions), next(anatomy.embedding.parameters()).device)
+    rows = Rows(next(anatomy.embedding.parameters()).device)
     for interventions in conditions:
         for intervention in interventions:
             check_fits(intervention, anatomy)

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from convergent.errors import ModelError
 from convergent.models.anatomy import stream, with_stream
+from convergent.models.attention import attending_by
+from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel
 from convergent.models.texts import batches, padded
 
@@ -232,15 +234,11 @@ def run(model: ChatModel, batch: Batch, call: Callable[..., Any] | None = None, 
 
 @contextmanager
 def _attending(model: Any, now: Forest) -> Iterator[None]:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, attention)
-    before, _now.forest = model.config._attn_implementation, now
+    _now.forest = now
     try:
-        model.set_attn_implementation(ATTENTION)
-        yield
+        with attending_by(model, ATTENTION, attention):
+            yield
     finally:
-        model.set_attn_implementation(before)
         del _now.forest
 
 
@@ -348,13 +346,8 @@ def predictions(model: ChatModel, batch: Batch, at: Tensor, clean: int = 0, keep
 _plain_heads: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-@torch.inference_mode()
 def _head_is_plain(model: ChatModel) -> bool:
-    """Whether logits are head(hidden) and nothing more, tried on four tokens: families with a soft cap or a logit scale take the whole model."""
+    """`head_is_plain`, tried once per model."""
     if model.model not in _plain_heads:
-        ids = torch.arange(1, 5, device=model.device)[None]
-        head = model.anatomy.head
-        _plain_heads[model.model] = head is not None and torch.equal(
-            head(model.anatomy.body(input_ids=ids, use_cache=False)[0]), model.model(input_ids=ids, use_cache=False).logits
-        )
+        _plain_heads[model.model] = head_is_plain(model)
     return _plain_heads[model.model]

@@ -210,20 +210,6 @@ def answer_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Te
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:][labelled], reduction="sum"), int(labelled.sum())
 
 
-@torch.no_grad()
-def head_is_plain(chat: ChatModel) -> bool:
-    """Whether this model's logits are head(body(ids)): false for families that cap or scale them."""
-    anatomy, config = chat.anatomy, chat.model.config.get_text_config()
-    # Small logits hide a soft cap, so its setting is looked up as well as its effect.
-    if anatomy.head is None or getattr(config, "final_logit_softcapping", None):
-        return False
-    ids = torch.arange(1, 9, device=chat.device)[None]
-    want = chat.model(input_ids=ids, use_cache=False).logits.float()
-    got = anatomy.head(anatomy.body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    tolerance = 1e-4 if chat.model.dtype == torch.float32 else 2e-2
-    return bool((want - got).abs().max() <= tolerance * want.abs().max())
-
-
 def packed_loss(anatomy: Anatomy, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """What `answer_loss` returns: (sum of cross-entropies in nats, number of labels)."""
     layout = pack(input_ids, labels)

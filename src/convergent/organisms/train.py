@@ -37,6 +37,7 @@ from convergent.cache import building
 from convergent.core.ids import seed as named_seed
 from convergent.errors import InputError, StoreError, TrainingError
 from convergent.models.anatomy import Anatomy
+from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
 from convergent.organisms import fast
 from convergent.organisms.adapters import read_adapters
@@ -276,7 +277,7 @@ def _start_from(model: Any, folder: Path) -> None:
 def _trainer(
     chat: ChatModel, recipe: Recipe, rows: Sequence[Row], work: Path, checkpoint_every: int, on_progress: Any
 ) -> AnswerTrainer:
-    plain_head = fast.head_is_plain(chat)
+    plain_head = head_is_plain(chat)
     if recipe.adapters is None:
         model: Any = chat.model.requires_grad_(True)
     else:

@@ -154,10 +154,3 @@ def attention(
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype).view(b, n_kv, groups * n, -1)
     out = torch.matmul(weights, value)
     return out.view(b, n_heads, n, d).transpose(1, 2), None
-
-
-def register() -> None:
-    """Make `attention` known to transformers under the name ATTENTION. Models under that name get no mask: ours is by position."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, attention)

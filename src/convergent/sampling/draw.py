@@ -37,15 +37,14 @@ def draw(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u
 def _draw(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u: Tensor) -> Tensor:
     """Tokens (rows,) int64, -1 for a row whose logits are not finite: one answer for all, so that a GPU is waited for once."""
     top = logits.amax(-1, keepdim=True)
-    kept = logits if min(temperature) <= 0 else None
     heat = torch.tensor([max(t, 1e-6) for t in temperature], dtype=logits.dtype).to(logits.device)[:, None]
     weights = torch.sub(logits, top).div_(heat).exp_()
     if min(top_p) < 1:
         weights = _nucleus(weights, torch.tensor(top_p, dtype=torch.float64).to(logits.device))
     tokens = _invert(weights, u)
-    if kept is not None:
+    if min(temperature) <= 0:
         greedy = torch.tensor([t <= 0 for t in temperature]).to(logits.device)
-        tokens = torch.where(greedy, kept.argmax(-1), tokens)
+        tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return torch.where(torch.isfinite(top[:, 0]), tokens, -1)
 
 

@@ -7,6 +7,7 @@ rows, it may for one fixed number (a panel); and a row alone always is what it i
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,16 +33,19 @@ class Shape:
 
 
 _known: dict[tuple[object, ...], Shape] = {}
+_probing = threading.Lock()
 
 
 def shape_of(model: ChatModel, n_rows: int) -> Shape:
-    """The shape for batches of up to `n_rows`, probed once per process for models of the same sizes."""
+    """The shape for batches of up to `n_rows`, probed once per process for models of the same sizes: lanes that begin together do not probe twice."""
     like = next(model.model.parameters())
     sizes = tuple(sorted({tuple(m.weight.shape) for m in model.model.modules() if isinstance(m, torch.nn.Linear)}))
-    key = (sizes, _heads(model), like.dtype, str(like.device), torch.get_num_threads(), n_rows)
-    if key not in _known:
-        _known[key] = _probe(model, n_rows)
-    return _known[key]
+    most = max(64, n_rows)
+    key = (sizes, _heads(model), like.dtype, str(like.device), torch.get_num_threads(), most)
+    with _probing:
+        if key not in _known:
+            _known[key] = _probe(model, most)
+        return _known[key]
 
 
 def _probe(model: ChatModel, n_rows: int) -> Shape:
@@ -59,9 +63,8 @@ def rows_are_invariant(model: ChatModel, n_rows: int, least: int) -> bool:
 
     Tried on every distinct shape of linear layer, and on attention over spans of several lengths.
     """
-    most = max(64, n_rows)
-    sizes = sorted({least, least + 1, least + 5, most // 2, most - 1})
-    return _linears_are_invariant(model, most, sizes) and _attention_is_invariant(model, (least, 2 * least + 1, 32))
+    sizes = sorted({least, least + 1, least + 5, n_rows // 2, n_rows - 1})
+    return _linears_are_invariant(model, n_rows, sizes) and _attention_is_invariant(model, (least, 2 * least + 1, 32))
 
 
 def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) -> bool:

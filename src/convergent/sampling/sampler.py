@@ -25,9 +25,10 @@ import torch
 from convergent.core.values import Response
 from convergent.errors import InputError, ModelError
 from convergent.interventions.hooks import Rows, applied_rows
+from convergent.models.attention import attending_by
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import ATTENTION, register
+from convergent.sampling.cache import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work
 from convergent.sampling.requests import Request
@@ -59,7 +60,7 @@ def sample(
         return []
     conditions = {r.condition.content_id: r.condition for r in wanted}
     number = {cid: i for i, cid in enumerate(conditions)}
-    prompts = {(r.question, r.system): encode_prompt(model.tokenizer, r.question, r.system) for r in {(r.question, r.system): r for r in wanted}.values()}
+    prompts = {asked: encode_prompt(model.tokenizer, *asked) for asked in {(r.question, r.system) for r in wanted}}
     limit = min(n_rows, len(wanted))
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
@@ -83,18 +84,15 @@ def lanes_for(model: ChatModel, n_rows: int) -> tuple[int, int]:
 
 @contextmanager
 def slot_attention(model: Any) -> Iterator[None]:
-    """Run the body with the sampler's attention; the model's own is restored afterwards."""
-    register()
-    before = model.config._attn_implementation
+    """Run the body with the sampler's attention and without dropout; the model is as it was afterwards."""
     was_training = model.training
+    model.eval()
     try:
-        model.eval()
-        model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation != ATTENTION:
-            raise ModelError(OWN_ATTENTION.format(type(model).__name__))
-        yield
+        with attending_by(model, ATTENTION, attention):
+            if model.config._attn_implementation != ATTENTION:
+                raise ModelError(OWN_ATTENTION.format(type(model).__name__))
+            yield
     finally:
-        model.set_attn_implementation(before)
         model.train(was_training)
 
 

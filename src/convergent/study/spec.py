@@ -354,7 +354,7 @@ def _check_blocks(path: Path, spec: StudySpec, blocks: dict[str, Any]) -> None:
     for name, block in blocks.items():
         for field in ("twin", "others", "organisms", "organism"):
             value = getattr(block, field, None) or ()
-            source_too = field == "organism" or (field == "organisms" and getattr(block, "source_too", False))
+            source_too = field == "organism" or (field == "organisms" and block.source_too)
             known = [*(["chat"] if field == "organism" else []), *(o for o in spec.organisms if source_too or o != source)]
             for o in (value,) if isinstance(value, str) else value:
                 place = f"{path}: experiments.{name}.{field}"
