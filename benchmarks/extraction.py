@@ -183,10 +183,10 @@ def main() -> None:
                     continue
                 try:
                     seen[side].append(once(side, str(path), options))
-                except RuntimeError as error:
+                except (RuntimeError, OSError) as error:
                     if side == "convergent":
                         raise
-                    failed[side] = str(error)
+                    failed[side] = "its python cannot be started" if isinstance(error, OSError) else str(error)
     ours = seen["convergent"]
     own = torch.tensor(ours[0]["direction"])
     rows: dict[str, Any] = {}
