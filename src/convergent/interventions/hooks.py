@@ -9,9 +9,10 @@ computed for its own rows alone, at its linear layer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -45,11 +46,22 @@ class _Slot:
             along = (h * v).sum(-1, keepdim=True)
             h = h - self.strength[index][:, None].to(h.dtype) * along * v
         for condition, basis in self.bases:
-            rows = (index == condition).expand(len(h))
-            if bool(rows.any()):
-                h = h.clone()
-                h[rows] = _without(h[rows], basis.to(h.dtype))
+            h = _changed(h, index == condition, partial(_without, basis=basis.to(h.dtype)), h)
         return h
+
+
+def _changed(y: Tensor, mine: Tensor, change: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """y (rows, n_tokens, ...), in the rows that `mine` says, (rows,) or one for all, replaced by `change` of these rows of `given`.
+
+    A GPU computes it for all rows and chooses: to learn which they are, the host would wait for it.
+    """
+    if y.device.type != "cpu":
+        return torch.where(mine[:, None, None], change(*given), y)
+    rows = mine.expand(len(y))
+    if bool(rows.any()):
+        y = y.clone()
+        y[rows] = change(*(x[rows] for x in given))
+    return y
 
 
 def _without(h: Tensor, basis: Tensor) -> Tensor:
@@ -60,13 +72,13 @@ def _without(h: Tensor, basis: Tensor) -> Tensor:
     return h - ((h * basis).sum(-1, keepdim=True) * basis).sum(1, keepdim=True)
 
 
-def _through(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """B (A h) for h (rows, n_tokens, n_in), a (rank, n_in), b (n_out, rank)."""
+def _adapted(y: Tensor, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y + B A h for h (rows, n_tokens, n_in), a (rank, n_in), b (n_out, rank)."""
     if h.shape[1] > 1:
-        return (h @ a.T) @ b.T
+        return y + (h @ a.T) @ b.T
     # Decoding: again no matmul over rows, whose number changes.
     inner = (h * a).sum(-1)[:, None]
-    return (inner * b).sum(-1)[:, None]
+    return y + (inner * b).sum(-1)[:, None]
 
 
 class Rows:
@@ -165,10 +177,7 @@ def _adapter_hook(adapters: _Adapters, rows: Rows) -> Any:
         if h.ndim != 3:
             raise ModelError(f"an adapter's linear layer was given {tuple(h.shape)}, not (rows, tokens, features); interventions are not defined on experts")
         for condition, a, b in adapters:
-            mine = (rows.index == condition).expand(len(h))
-            if bool(mine.any()):
-                y = y.clone()
-                y[mine] = y[mine] + _through(h[mine], a.to(wide), b.to(wide))
+            y = _changed(y, rows.index == condition, partial(_adapted, a=a.to(wide), b=b.to(wide)), y, h)
         return y.to(output.dtype)
 
     return hook

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from convergent.errors import ModelError
+from convergent.sampling import kernel
 
 ATTENTION = "convergent_slots"
 SPAN = 32
@@ -54,6 +55,15 @@ def attending(positions: Tensor) -> Iterator[None]:
     yield
 
 
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Layers whose keys and values have the same shapes: (n_layers, n_rows, n_kv_heads, length, head_dim)."""
+
+    layers: tuple[int, ...]
+    keys: Tensor
+    values: Tensor
+
+
 class SlotCache:
     """Keys and values of `n_rows` sequences of up to `length` tokens, for all layers. Grown on first use."""
 
@@ -62,10 +72,13 @@ class SlotCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.step: Step | None = None
+        self._stacks: list[_Stack] = []
 
     def begin(self, rows: slice, positions: Tensor, furthest: int) -> Step:
         """Prepare the next forward pass: `furthest` is the largest number of tokens any of its rows will hold after it."""
-        self.step = Step(rows, positions, min(self.length, math.ceil(furthest / SPAN) * SPAN))
+        # On a GPU always the whole length: one shape, so one graph, and the kernel reads no further than each row has come.
+        span = math.ceil(furthest / SPAN) * SPAN if positions.device.type == "cpu" else self.length
+        self.step = Step(rows, positions, min(self.length, span))
         return self.step
 
     def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,19 +104,35 @@ class SlotCache:
 
     def copy_row(self, source: SlotCache, row: int, n_tokens: int) -> None:
         """Take the first `n_tokens` positions of row 0 of `source` into `row`; clears nothing else."""
-        for layer, keys in source.keys.items():
-            if layer not in self.keys:
-                self.keys[layer] = keys.new_zeros(self.n_rows, keys.shape[1], self.length, keys.shape[3])
-                values = source.values[layer]
-                self.values[layer] = values.new_zeros(self.n_rows, values.shape[1], self.length, values.shape[3])
-            self.keys[layer][row, :, :n_tokens] = keys[0, :, :n_tokens]
-            self.values[layer][row, :, :n_tokens] = source.values[layer][0, :, :n_tokens]
+        if not self._stacks:
+            for found in source.stack():
+                shape = (len(found.layers), self.n_rows, found.keys.shape[2], self.length)
+                keys, values = (t.new_zeros(*shape, t.shape[4]) for t in (found.keys, found.values))
+                self._stacks.append(_Stack(found.layers, keys, values))
+                self.keys.update(zip(found.layers, keys, strict=True))
+                self.values.update(zip(found.layers, values, strict=True))
+        for mine, theirs in zip(self._stacks, source.stack(), strict=True):
+            mine.keys[:, row, :, :n_tokens] = theirs.keys[:, 0, :, :n_tokens]
+            mine.values[:, row, :, :n_tokens] = theirs.values[:, 0, :, :n_tokens]
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first `n_tokens` positions of row `source` to row `target`."""
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                tensor[target, :, :n_tokens] = tensor[source, :, :n_tokens]
+        for one in self.stack():
+            for tensor in (one.keys, one.values):
+                tensor[:, target, :, :n_tokens] = tensor[:, source, :, :n_tokens]
+
+    def stack(self) -> list[_Stack]:
+        """Put layers of one shape together, if they are not yet: a row is copied in a few operations, not in two per layer."""
+        if not self._stacks:
+            alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+            for layer in sorted(self.keys):
+                alike.setdefault((self.keys[layer].shape, self.values[layer].shape), []).append(layer)
+            for layers in alike.values():
+                keys, values = (torch.stack([store.pop(i) for i in layers]) for store in (self.keys, self.values))
+                self._stacks.append(_Stack(tuple(layers), keys, values))
+                self.keys.update(zip(layers, keys, strict=True))
+                self.values.update(zip(layers, values, strict=True))
+        return self._stacks
 
     # What transformers asks of a cache when it prepares masks and positions.
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -131,7 +160,7 @@ def attention(
 
     query (batch, n_heads, n_tokens, head_dim); key, value (batch, n_kv_heads, span, head_dim). Each query at position p sees the
     slots p' <= p (and p' > p - sliding_window). Returns (batch, n_tokens, n_heads, head_dim). Plain matmuls: for one query and few heads
-    they are about twice as fast on a CPU as the fused kernel.
+    they are about twice as fast on a CPU as the fused kernel. On a GPU, decoding has a kernel of its own (`kernel`).
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__}: attention sinks are not supported by the sampler")
@@ -141,9 +170,11 @@ def attention(
     n_kv = key.shape[1]
     groups = n_heads // n_kv
     scale = d**-0.5 if scaling is None else scaling
+    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
+        return kernel.attend(query, key, value, positions, scale, window, softcap), None
     slots = torch.arange(key.shape[2], device=key.device)
     hidden = slots[None, None, :] > positions[:, :, None]
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
     if window:
         hidden = hidden | (slots[None, None, :] <= positions[:, :, None] - window)
     q = (query * scale).reshape(b, n_kv, groups * n, d)

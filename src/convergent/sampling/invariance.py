@@ -1,7 +1,8 @@
 """Whether this machine's kernels give a row of a batch the same bits whatever the other rows are, by trying.
 
 It holds for common BLAS libraries once a product has a few rows, fewer in one thread than in several. Where it does not hold for any number of
-rows, it may for one fixed number (a panel); and a row alone always is what it is.
+rows, it may for one fixed number (a panel); and a row alone always is what it is. A GPU's library chooses its kernels by the number of rows, and a
+step that is replayed has one shape anyway, so there it is a panel from the start.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from convergent.sampling.cache import SPAN, attending, attention
 LEAST = (4, 16)
 """Numbers of rows from which on products may be alike, in order of preference."""
 PANEL = 32
+PANELS_ON_GPU = (512, 256, 128, 64, PANEL)
+"""The first whose cache, at `PANEL_TOKENS` to a row, stays within `PANEL_BYTES`: it must follow from the model alone, as tokens may depend on it."""
+PANEL_TOKENS, PANEL_BYTES = 1024, 16 << 30
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,22 @@ def shape_of(model: ChatModel, n_rows: int) -> Shape:
 
 
 def _probe(model: ChatModel, n_rows: int) -> Shape:
+    if model.device.type != "cpu":
+        size = panel_on_gpu(model)
+        return Shape(size, size) if _linears_are_invariant(model, size, ()) and _attention_is_invariant(model, (size,)) else Shape(1, 1)
     for least in LEAST:
         if rows_are_invariant(model, n_rows, least):
             return Shape(least)
     if _linears_are_invariant(model, PANEL, ()) and _attention_is_invariant(model, (PANEL,)):
         return Shape(PANEL, PANEL)
     return Shape(1, 1)
+
+
+def panel_on_gpu(model: ChatModel) -> int:
+    """Rows that a GPU decodes at once."""
+    _, n_kv, d = _heads(model)
+    row = 2 * model.n_layers * n_kv * d * next(model.model.parameters()).element_size() * PANEL_TOKENS
+    return next((size for size in PANELS_ON_GPU if size * row <= PANEL_BYTES), PANEL)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +27,9 @@ from convergent.interventions.hooks import Rows
 from convergent.models.load import ChatModel
 from convergent.sampling.cache import SlotCache
 from convergent.sampling.draw import draw
+from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape
+from convergent.sampling.memory import out_of_memory
 from convergent.sampling.requests import Request
 
 OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
@@ -124,11 +127,18 @@ class Lane:
         self.model, self.work, self.shape, self.limit = model, work, shape, n_rows
         self.tally = Tally()
         self.active: list[Row] = []
-        self.cache = self._cache()
+        self._make_room()
 
-    def _cache(self) -> SlotCache:
+    def _make_room(self) -> None:
+        """The cache, and what a step reads and writes at the same place every time, so that it can be replayed."""
         step = self.shape.panel or self.shape.least
-        return SlotCache(math.ceil(self.limit / step) * step, self.work.longest)
+        n_rows, device = math.ceil(self.limit / step) * step, self.model.device
+        self.cache = SlotCache(n_rows, self.work.longest)
+        self._inputs = torch.zeros(3, n_rows, dtype=torch.long, device=device)
+        """Token, position and condition of every row."""
+        self._logits: Tensor | None = None
+        self._host = torch.zeros(3, n_rows, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._graphs = Graphs(device)
 
     def go(self, rows: Rows) -> Iterator[tuple[int, Response]]:
         """(place among all requests, response) of every answer, until no request is left."""
@@ -155,10 +165,11 @@ class Lane:
         self.active.clear()
         self.limit //= 2
         self.tally.halved += 1
-        self.cache = self._cache()
+        del self.cache, self._graphs, self._logits
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._make_room()
 
     def _read(self, row: Row, rows: Rows) -> Start:
         """Cache and (1, vocabulary) logits after the prompt, from a pass over it alone."""
@@ -171,25 +182,39 @@ class Lane:
         if not step.stored or step.read != step.stored:
             raise ModelError(OWN_ATTENTION.format(type(self.model.model).__name__))
         self.tally.prefilled += n
+        cache.stack()  # before other lanes see it
         return cache, logits
 
     def _decode(self, rows: Rows) -> Tensor:
-        """(active, vocabulary) logits after the latest token of every active row."""
+        """(active, vocabulary) logits after the latest token of every active row; written over by the next call."""
         n = len(self.active)
         size = self.shape.panel or max(n, self.shape.least)
-        parts = [self._decode_panel(start, size, rows) for start in range(0, n, size)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:n]
+        starts = range(0, n, size)
+        # Places without a request repeat token 0 at position 0.
+        idle = [0] * (len(starts) * size - n)
+        host, inputs = (t[:, : n + len(idle)] for t in (self._host, self._inputs))
+        columns = zip(*((m.tokens[-1], m.position, m.condition) for m in self.active), strict=True)
+        host.copy_(torch.tensor([list(c) + idle for c in columns]))
+        inputs.copy_(host, non_blocking=True)
+        furthest = max(m.position for m in self.active) + 1
+        for start in starts:
+            part = slice(start, start + size)
+            at = inputs[1, part, None]
+            self.cache.begin(part, at, furthest)
+            rows.set(inputs[2, part])
+            self._graphs.run((start, size), partial(self._step, part, at, len(starts) == 1))
+        assert self._logits is not None, "a step was run"
+        return self._logits[:n]
 
-    def _decode_panel(self, start: int, size: int, rows: Rows) -> Tensor:
-        """(size, vocabulary) logits of the cache rows from `start` on; places without a request repeat token 0 at position 0."""
-        device = self.model.device
-        members = self.active[start : start + size]
-        idle = [0] * (size - len(members))
-        positions = [m.position for m in members] + idle
-        at = torch.tensor(positions, device=device)[:, None]
-        self.cache.begin(slice(start, start + size), at, max(positions) + 1)
-        rows.set([m.condition for m in members] + idle)
-        return self._forward(torch.tensor([m.tokens[-1] for m in members] + idle, device=device)[:, None], at, self.cache)
+    def _step(self, part: slice, at: Tensor, alone: bool) -> None:
+        """Logits of the cache rows in `part`, at positions `at`, into their place."""
+        logits = self._forward(self._inputs[0, part, None], at, self.cache)
+        if alone and logits.device.type == "cpu":  # nothing will be replayed
+            self._logits = logits
+            return
+        if self._logits is None or len(self._logits) < self._inputs.shape[1]:
+            self._logits = logits.new_empty(self._inputs.shape[1], logits.shape[1])
+        self._logits[part] = logits
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         model: Any = self.model.model
@@ -236,7 +261,3 @@ class Lane:
             topic=r.topic,
         )
 
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that there is no more memory, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or (type(error) is RuntimeError and "allocate memory" in str(error))
