@@ -53,7 +53,7 @@ def left_padded(batch: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
 def generate(model: ChatModel, batch: Sequence[Sequence[int]], new_tokens: int, stop: bool, **settings: Any) -> tuple[float, int]:
     """(seconds, tokens up to the stop) of one call of transformers' own generation, sampling from the whole distribution."""
     pad = model.tokenizer.eos_token_id
-    ids, mask = left_padded(batch, pad)
+    ids, mask = (t.to(model.device) for t in left_padded(batch, pad))
     stops = sorted(model.stop_ids) if stop else None
     forced = {} if stop else {"min_new_tokens": new_tokens}
     start = time.perf_counter()

@@ -28,6 +28,8 @@ from convergent.models.load import ChatModel
 from convergent.models.texts import batches, padded
 
 ATTENTION = "convergent_forest"
+ON_GPU = 4
+"""Times as many tokens in a batch on a GPU: there a pass of a small model takes as long as it takes to launch, up to some thousand tokens."""
 _log = logging.getLogger(__name__)
 
 
@@ -183,11 +185,12 @@ class Batch:
 
 
 def read_in_batches(model: ChatModel, sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[Batch]:
-    """All texts in batches of at most `batch_tokens` tokens that are computed (one text at least).
+    """All texts in batches of at most `batch_tokens` tokens that are computed, `ON_GPU` times as many on a GPU (one text at least).
 
     Call it inside `inference_mode` and with no intervention or hook in force: what the model can do is tried first.
     """
     device = model.device
+    batch_tokens *= 1 if device.type == "cpu" else ON_GPU
     _head_is_plain(model)
     if not packs(model):
         for members in batches([len(s) for s in sequences], batch_tokens):
