@@ -23,14 +23,14 @@ from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
 from convergent.organisms import train as training
 from convergent.stats import Interval
 from convergent.store import looked_at, opened
-from convergent.study import main, run, setup
+from convergent.study import main, setup
 from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.results import with_holm
 from convergent.study.run import Run
 from convergent.study.spec import load_study
 from convergent.tables import read_table
-from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, assert_refused, small_study, write_study
+from small_study import CONDITIONS, MODEL_WORK, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, assert_refused, small_study, write_study
 from tiny import tiny_model
 
 TABLES = ("responses", "judgements", "margins", "facts")
@@ -68,8 +68,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("worked again on what was done")
 
     monkeypatch.setattr(training, "train", refuse)
-    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
-        monkeypatch.setattr(run, name, refuse)
+    for module, name in MODEL_WORK:
+        monkeypatch.setattr(module, name, refuse)
     yield
 
 

@@ -17,12 +17,12 @@ from convergent.errors import StudyError
 from convergent.experiments import self_correction, semantic
 from convergent.judging.base import Item
 from convergent.store import looked_at
-from convergent.study import run, setup
+from convergent.study import setup
 from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.run import Run
 from convergent.study.spec import load_study
-from small_study import small_study, write_study
+from small_study import MODEL_WORK, small_study, write_study
 from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,8 +124,8 @@ def test_nothing_is_computed_twice(done: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("worked again on what was done")
 
-    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
-        monkeypatch.setattr(run, name, refuse)
+    for module, name in MODEL_WORK:
+        monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(semantic, "per_answer", refuse)
     monkeypatch.setattr(self_correction, "token_logps", refuse)
     monkeypatch.setattr(self_correction, "effect_matched", refuse)

@@ -16,8 +16,9 @@ from convergent.errors import DirectionError
 from convergent.experiments.base import Arm, NotHereError
 from convergent.judging.base import Item, Judge
 from convergent.models.load import base_folder
-from convergent.study.run import EFFECT_TEXTS, NotDoneError, Run
-from convergent.study.setup import RUBRICS
+from convergent.study.models import NotDoneError
+from convergent.study.run import Run
+from convergent.study.setup import EFFECT_TEXTS, RUBRICS
 
 EFFICIENCY = {"sample": 0.45, "read": 0.7, "train": 0.3}
 """Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass (measured at 135M)."""
