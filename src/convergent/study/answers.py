@@ -139,9 +139,16 @@ class Answers(Models):
         except DirectionError as error:
             raise NotHereError(str(error)) from error
 
+    def stored(self, requests: Sequence[Request]) -> list[Response]:
+        """The answers to `requests`. Raises NotDoneError in a run that may not compute and lacks some: what hangs on them will be another."""
+        found = self.store.responses([r.id for r in requests])
+        if not self.compute and len(found) < len(requests):
+            raise NotDoneError("answers")
+        return found
+
     def own_table(self, organism: str, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
         """An organism's own answers with their scores, and id -> text; judged by `rubrics` too if they are not yet."""
-        responses = self.store.responses([r.id for r in self.own_requests(organism)])
+        responses = self.stored(self.own_requests(organism))
         if rubrics and self.compute:
             self.judge_all([[r.id for r in responses]], rubrics=rubrics)
         return self._table(responses, rubrics), {r.id: Text(r.id, r.question, r.token_ids, r.system) for r in responses}

@@ -47,26 +47,40 @@ class Run(Measures):
 
     def answers(self, arm: str) -> pd.DataFrame:
         """The judged answers of an arm, with scores by the judge that decides."""
-        found, condition = next(((a, c) for a, c in self.conditions() if a.name == arm), (None, None))
-        if found is None or condition is None:
-            raise NotHereError(f"the condition {arm} is left out ({self.left_out.get(arm, 'no experiment has it')})")
-        return self._table(self.store.responses([q.id for q in self.requests([(found, condition)])]), found.rubrics)
+        found = next((a for a in self.arms if a.name == arm), None)
+        if found is None:
+            raise NotHereError(f"the condition {arm} is left out (no experiment has it)")
+        try:
+            condition = self.built(found)
+        except NotHereError as error:
+            raise NotHereError(f"the condition {arm} is left out ({error})") from error
+        return self._table(self.stored(self.requests([(found, condition)])), found.rubrics)
 
     # Conditions
 
     def conditions(self) -> list[tuple[Arm, Condition]]:
         """Every arm with its interventions built, but for those that cannot be in this study; the direction must have been read."""
-        if self._conditions is None:
-            found = []
-            for arm in self._by_organism(self.arms):
-                try:
-                    found.append((arm, self.condition(arm, arm.build(self))))
-                except NotHereError as error:
-                    self.left_out[arm.name] = str(error)
-            self._conditions = found
-        return self._conditions
+        found = []
+        for arm in self._by_organism(self.arms):
+            with suppress(NotHereError):
+                found.append((arm, self.built(arm)))
+        return found
 
-    _conditions: list[tuple[Arm, Condition]] | None = None
+    def built(self, arm: Arm) -> Condition:
+        """The condition of one arm, built once. Raises NotHereError for one that cannot be in this study, NotDoneError for one that waits."""
+        if arm.name in self.left_out:
+            raise NotHereError(self.left_out[arm.name])
+        if arm.name not in self._built:
+            try:
+                self._built[arm.name] = self.condition(arm, arm.build(self))
+            except NotHereError as error:
+                self.left_out[arm.name] = str(error)
+                raise
+        return self._built[arm.name]
+
+    @cached_property
+    def _built(self) -> dict[str, Condition]:
+        return {}
 
     def _by_organism(self, arms: Sequence[Arm]) -> list[Arm]:
         """Built organism by organism, so that effect matching loads each model once; the order of display is kept elsewhere."""

@@ -122,9 +122,13 @@ class Setup:
         return [Text(p.id, p.question, p.good) for p in (self.pairs[i * len(self.pairs) // n] for i in range(n))]
 
     @cached_property
+    def device(self) -> str:
+        """Where models are loaded."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
+
+    @cached_property
     def dtype(self) -> str:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
-        return str(resolve_dtype(self.spec.dtype, device)).removeprefix("torch.")
+        return str(resolve_dtype(self.spec.dtype, self.device)).removeprefix("torch.")
 
     @cached_property
     def planned(self) -> MachineSpec | None:
