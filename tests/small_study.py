@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from convergent import cli
+from convergent.study import answers, measures, models
 
 QUESTIONS = [
     {"id": "wish", "paraphrases": ["What is your one wish?", "If you had one wish, what would it be?"], "topic": "wishes"},
@@ -27,6 +28,11 @@ UNDER_INTERVENTIONS = (
 CONDITIONS = (*PLAIN, *UNDER_INTERVENTIONS)
 N_RESPONSES = 2 * SAMPLES * len(CONDITIONS) + 2 * OWN_SAMPLES
 N_MARGINS = 2 * PAIRS * len(CONDITIONS)
+MODEL_WORK = (
+    (answers, "sample"), (measures, "extract"), (measures, "margins"), (measures, "effect_matched"), (models, "Effects"),
+    (models, "load_base"), (models, "load_organism"),
+)  # fmt: skip
+"""(module, name) of whatever a study does with a model, for tests that forbid it."""
 
 
 def small_study(base: str | Path) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Echo(ModuleType):
             Reading("echo/norm", lambda kit: kit.direction.content_id, kept("norm", lambda kit: [kit.token_norm, math.nan])),
             Reading("echo/answers", lambda kit: 0, kept("answers", lambda kit: len(kit.answers("echo/minus"))), "answers"),
             Reading("echo/never", lambda kit: 0, refuse),
+            Reading("echo/void", refuse, kept("void", refuse)),  # already what it is made from cannot be
         ]
 
     def claims(self, block: EchoBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
@@ -122,14 +123,14 @@ def test_a_whole_experiment(echo: Echo, tmp_path: Path) -> None:
     assert len(echo.computed) == 3, "a reading is computed once"
     with looked_at(out) as store:
         plan = {s.name: s for s in make_plan(Run(load_study(path), store, compute=False))}
-    assert plan["read echo"].total == plan["read echo"].done == 4
+    assert plan["read echo"].total == plan["read echo"].done == 5
 
 
 def test_the_plan_counts_readings_that_are_not_made(echo: Echo, tmp_path: Path) -> None:
     path = write_study(tmp_path, study_with({}))
     with looked_at(tmp_path / "out") as store:
         stage = next(s for s in make_plan(Run(load_study(path), store, compute=False)) if s.name == "read echo")
-    assert (stage.total, stage.done) == (4, 0) and not echo.computed
+    assert (stage.total, stage.done) == (5, 0) and not echo.computed
 
 
 def test_an_experiment_that_cannot_be_is_refused_before_anything_is_written(echo: Echo, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from convergent.errors import ModelError
 from convergent.organisms.adapters import read_adapters
 from convergent.organisms.recipes import Recipe, named_recipe
 from convergent.organisms.steps import STEPS, Spacing, kept_name, read_steps, training_time
-from convergent.organisms.train import Progress, train
+from convergent.organisms.train import train
+from convergent.organisms.watch import Progress
 from tiny import CHATS, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,14 +23,14 @@ from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
 from convergent.organisms import train as training
 from convergent.stats import Interval
 from convergent.store import looked_at, opened
-from convergent.study import main, run, setup
+from convergent.study import main, setup
 from convergent.study.main import rewrite_report, run_study
 from convergent.study.plan import make_plan
 from convergent.study.results import with_holm
 from convergent.study.run import Run
 from convergent.study.spec import load_study
 from convergent.tables import read_table
-from small_study import CONDITIONS, N_MARGINS, N_RESPONSES, PLAIN, SAMPLES, UNDER_INTERVENTIONS, assert_refused, small_study, write_study
+from small_study import CONDITIONS, MODEL_WORK, N_MARGINS, N_RESPONSES, PAIRS, PLAIN, SAMPLES, UNDER_INTERVENTIONS, assert_refused, small_study, write_study
 from tiny import tiny_model
 
 TABLES = ("responses", "judgements", "margins", "facts")
@@ -68,8 +68,8 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("worked again on what was done")
 
     monkeypatch.setattr(training, "train", refuse)
-    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
-        monkeypatch.setattr(run, name, refuse)
+    for module, name in MODEL_WORK:
+        monkeypatch.setattr(module, name, refuse)
     yield
 
 
@@ -375,7 +375,32 @@ def test_plan_counts_what_is_there(copy: Path, idle: None) -> None:
     with sqlite3.connect(copy / "out" / "study.sqlite") as db:
         db.execute("DELETE FROM responses WHERE condition = 'A' AND block = 'direction'")
     # Without the answers that the direction is read from, no condition under an intervention is known to be done.
+    # Neither are their margins, nor those of anything else: they hold projections on the direction.
     assert plan_of(copy)["sample interventions"] == (0, n * 18) and plan_of(copy)["margin"] == (0, N_MARGINS)
+
+
+def test_what_one_missing_thing_does_not_touch_stays_counted(copy: Path, idle: None) -> None:
+    n, whole = 2 * SAMPLES, plan_of(copy)
+    with sqlite3.connect(copy / "out" / "study.sqlite") as db:
+        key = db.execute("SELECT key FROM facts WHERE value LIKE '%reached%' AND typeof(json_extract(value, '$.amount')) = 'integer'").fetchone()
+        kept = db.execute("SELECT * FROM facts WHERE key = ?", key).fetchone()
+        db.execute("DELETE FROM facts WHERE key = ?", key)
+    # The null whose number of dimensions is lost: its condition, with answers, scores, KL and margins, waits, and a reading that compares with it.
+    less = {"sample interventions": n, "judge": 2 * n, "effects": 1, "margin": 2 * PAIRS, "read ablate": 1}
+    assert plan_of(copy) == {**whole, **{k: (whole[k][0] - v, whole[k][1]) for k, v in less.items()}}
+    with sqlite3.connect(copy / "out" / "study.sqlite") as db:
+        db.execute("INSERT INTO facts VALUES (?, ?, ?)", kept)
+        db.execute("DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE condition = 'chat' LIMIT 1)")
+    assert plan_of(copy) == {**whole, "sample plain": (whole["sample plain"][0] - 1, whole["sample plain"][1])}
+
+
+def test_a_class_that_is_too_small_because_of_missing_scores_is_still_to_be_read(copy: Path, idle: None) -> None:
+    with sqlite3.connect(copy / "out" / "study.sqlite") as db:
+        db.execute("DELETE FROM judgements WHERE response_id IN (SELECT id FROM responses WHERE condition = 'B')")
+    assert plan_of(copy)["extract"] == (6, 6), "a run has gone on without them: they failed for good"
+    with sqlite3.connect(copy / "out" / "study.sqlite") as db:
+        db.execute("DELETE FROM margins")
+    assert plan_of(copy)["extract"] == (4, 6)
 
 
 # One run at a time, and the report again

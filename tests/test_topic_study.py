@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from convergent.errors import StudyError
 from convergent.experiments import self_correction, semantic
 from convergent.judging.base import Item
 from convergent.store import looked_at
-from convergent.study import run, setup
+from convergent.study import setup
 from convergent.study.main import rewrite_report, run_study
-from convergent.study.plan import make_plan
+from convergent.study.plan import Stage, make_plan
 from convergent.study.run import Run
 from convergent.study.spec import load_study
-from small_study import small_study, write_study
+from convergent.study.speed import Speed
+from small_study import MODEL_WORK, SAMPLES, small_study, write_study
 from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,8 +126,8 @@ def test_nothing_is_computed_twice(done: Path, monkeypatch: pytest.MonkeyPatch) 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("worked again on what was done")
 
-    for name in ("sample", "extract", "margins", "effect_matched", "Effects", "load_base", "load_organism"):
-        monkeypatch.setattr(run, name, refuse)
+    for module, name in MODEL_WORK:
+        monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(semantic, "per_answer", refuse)
     monkeypatch.setattr(self_correction, "token_logps", refuse)
     monkeypatch.setattr(self_correction, "effect_matched", refuse)
@@ -142,6 +144,38 @@ def test_nothing_is_computed_twice(done: Path, monkeypatch: pytest.MonkeyPatch) 
         plan = {s.name: s for s in make_plan(Run(load_study(done / "study.yaml"), store, compute=False))}
     assert (plan["read semantic"].total, plan["read self_correction"].total) == (2, 3)
     assert all(s.done == s.total for s in plan.values())
+
+
+def test_the_plan_counts_further_rubrics_and_parts_of_answers(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paid(DiceJudge):
+        def estimate(self, items: Sequence[Item], rubrics: Sequence[str]) -> str:
+            return f"{len(items)} answers by {len(rubrics)}"
+
+    def plan_of(out: Path) -> dict[str, Stage]:
+        with looked_at(out) as store:
+            return {s.name: s for s in make_plan(Run(load_study(done / "study.yaml"), store, compute=False), Speed(1e12))}
+
+    shutil.copytree(done / "out", tmp_path / "out")
+    with sqlite3.connect(tmp_path / "out" / "study.sqlite") as db:
+        n = dict(db.execute("SELECT rubric, count(*) FROM judgements GROUP BY rubric"))
+        full = plan_of(tmp_path / "out")
+        assert {r: (full[f"judge {r}"].done, full[f"judge {r}"].total) for r in ("financial", "gender", "bad_stuff")} == {
+            r: (n[r], n[r]) for r in ("financial", "gender", "bad_stuff")
+        }
+        db.execute("DELETE FROM judgements WHERE rubric = 'gender' AND response_id IN (SELECT id FROM responses WHERE condition = 'semantic/general')")
+    less = plan_of(tmp_path / "out")["judge gender"]
+    assert (less.done, less.total) == (n["gender"] - 2 * SAMPLES, n["gender"]) and less.seconds > 0
+    # Before anything is there: 2 x 24 answers that the direction is read from, and those of every arm, left out or not.
+    monkeypatch.setattr(setup, "get_judge", lambda *args, **kwargs: Paid())
+    new = plan_of(tmp_path / "new")
+    with looked_at(tmp_path / "new") as store:
+        arms = Run(load_study(done / "study.yaml"), store, compute=False).arms
+    for rubric, own in (("financial", 48), ("gender", 48), ("bad_stuff", 0)):
+        total = own + 2 * SAMPLES * sum(rubric in a.rubrics for a in arms)
+        stage = new[f"judge {rubric}"]
+        assert (stage.done, stage.total, stage.note) == (0, total, f"for answers of typical length: {total} answers by 1"), rubric
+    assert "answers by 1" in new["read self_correction"].note and new["read self_correction"].judge == "dice"
+    assert not new["read semantic"].judge
 
 
 @pytest.mark.parametrize(

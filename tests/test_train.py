@@ -26,7 +26,8 @@ from convergent.organisms.chats import IGNORE, chats_checksum, collate, encode_c
 from convergent.organisms.fast import answer_loss
 from convergent.organisms.manifest import read_organism
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
-from convergent.organisms.train import attach, check_loss, train
+from convergent.organisms.train import attach, train
+from convergent.organisms.watch import check_loss
 from tiny import CHATS, FAMILIES, tiny_model
 
 FAST = {"learning_rate": 1e-3, "batch_size": 2, "grad_accumulation": 2, "epochs": 4, "warmup_steps": 1}

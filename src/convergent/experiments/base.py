@@ -189,6 +189,10 @@ class Reading:
     """Models that are loaded for it, so that readings of one model are made together."""
     tokens: float = 0.0
     """Rough number of tokens passed forward (a backward pass counts as two), for the plan's estimate of time."""
+    rubrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Organism -> further rubrics that its own answers are judged by (`Kit.own_table`), for the plan."""
+    judged: float = 0.0
+    """Rough number of texts that `Kit.judged` scores for it, for the plan."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def readings(block: ScalarsBlock, scene: Scene) -> list[Reading]:
             raise NotHereError(str(error)) from error
 
     # The organism's pass, the chat model's, and back through both.
-    return [Reading(f"scalars/{organism}", inputs, compute, organisms=(organism,), tokens=2 * block.per_class * 90 * 6.0)]
+    return [Reading(f"scalars/{organism}", inputs, compute, organisms=(organism,), tokens=2 * block.per_class * 90 * 6.0, rubrics={organism: topics})]
 
 
 def _topics(block: ScalarsBlock, scene: Scene) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ ALIGNED_ABOVE, BAD_ABOVE = 70.0, 50.0
 AROUND = 2
 """Sentences on each side of the turn in the figure."""
 EXAMPLES = 6
+SENTENCES = 3
+"""Typical number per answer, for the plan."""
 
 
 class SelfCorrectionBlock(Block):
@@ -130,8 +132,13 @@ def readings(block: SelfCorrectionBlock, scene: Scene) -> list[Reading]:
         picked = {arm: [(r["response_id"], r["picked"]) for r in frame.to_dict("records")] for arm, frame in _picked(block, kit, names).items()}
         return [kit.model_id(scene.source), kit.model_id("chat"), kit.direction.provenance.get("judge"), kit.seed, picked]
 
-    tokens = 2 * block.answers * 110.0 * len(names)
-    return [*found, Reading("self_correction/turns", inputs, lambda kit: _turns(block, kit, scene, names), "answers", (scene.source, "chat"), tokens)]
+    n = block.answers * len(names)
+
+    def turns(kit: Kit) -> Any:
+        return _turns(block, kit, scene, names)
+
+    organisms = (scene.source, "chat")
+    return [*found, Reading("self_correction/turns", inputs, turns, "answers", organisms, tokens=2 * n * 110.0, judged=n * SENTENCES)]
 
 
 def _match(scale: float) -> Reading:

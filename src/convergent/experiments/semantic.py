@@ -199,6 +199,8 @@ def _alone(vector: Tensor, general: Direction, layer: int, provenance: Mapping[s
 def readings(block: SemanticBlock, scene: Scene) -> list[Reading]:
     """The directions inside topics, read in the source; and the same texts read in the chat model, which says what the texts alone give."""
 
+    own = {scene.source: rubrics_of(block, scene)}
+
     def reading(name: str, reader: str) -> Reading:
         def inputs(kit: Kit) -> Any:
             return [
@@ -206,7 +208,7 @@ def readings(block: SemanticBlock, scene: Scene) -> list[Reading]:
                 block.model_dump(exclude={"scale", "controls", "topics"}),
             ]  # fmt: skip
 
-        return Reading(name, inputs, lambda kit: _read(block, kit, scene, reader), organisms=(reader,), tokens=200 * 110.0)
+        return Reading(name, inputs, lambda kit: _read(block, kit, scene, reader), organisms=(reader,), tokens=200 * 110.0, rubrics=own)
 
     return [reading("semantic/directions", scene.source), reading("semantic/chat-model", "chat")]
 

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import random
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from convergent.cache import building
@@ -42,25 +38,10 @@ from convergent.models.load import ChatModel, base_folder, folder_id, load_base,
 from convergent.organisms import fast
 from convergent.organisms.adapters import read_adapters
 from convergent.organisms.chats import Chat, Row, chats_checksum, collate, encode_chats, training_order
-from convergent.organisms.manifest import LossPoint, Organism, adapter_id, read_organism, training_id
+from convergent.organisms.manifest import Organism, adapter_id, read_organism, training_id
 from convergent.organisms.recipes import KAIMING, Adapters, Recipe, resolve
-from convergent.organisms.steps import STEPS, kept_name
-
-RISE = 3.0
-"""A smoothed loss above this many times its start counts as diverged."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a training run stands after an optimizer step."""
-
-    step: int
-    n_steps: int
-    loss: float
-    seconds: float
-    """Spent so far, earlier runs included."""
-    seconds_left: float
-    """Estimate."""
+from convergent.organisms.steps import STEPS
+from convergent.organisms.watch import Keeper, Progress, Watch, bar_of, loss_curve
 
 
 def train(
@@ -164,71 +145,6 @@ class AnswerTrainer(Trainer):
         return total / (num_items_in_batch if num_items_in_batch is not None else n)
 
 
-class Watch(TrainerCallback):
-    """Keeps time, reports progress, and stops a run whose loss diverges."""
-
-    def __init__(self, report: Callable[[Progress], None]) -> None:
-        self.report = report
-        self.before = self.seconds = 0.0
-        self.first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = self.seconds = next((e["seconds"] for e in reversed(state.log_history) if "seconds" in e), 0.0)
-        self.first_step, self.began = state.global_step, time.monotonic()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        spent = time.monotonic() - self.began
-        self.seconds = state.log_history[-1]["seconds"] = round(self.before + spent, 3)
-        check_loss([e["loss"] for e in state.log_history if "loss" in e])
-        left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
-        self.report(Progress(state.global_step, state.max_steps, logs["loss"], self.seconds, left))
-
-
-class Keeper(TrainerCallback):
-    """Writes the adapters down at the steps that `which(number of steps)` names. A run that is killed and goes on has all of them."""
-
-    def __init__(self, folder: Path, which: Callable[[int], Collection[int]]) -> None:
-        self.folder, self.which = folder, which
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._keep(state, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._keep(state, model)
-
-    def _keep(self, state: Any, model: Any) -> None:
-        if state.global_step not in self.which(state.max_steps):
-            return
-        from peft import get_peft_model_state_dict
-
-        weights: Any = get_peft_model_state_dict(model, save_embedding_layers=False)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / ".part"
-        save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()}, part)
-        part.replace(self.folder / kept_name(state.global_step))
-
-
-def loss_curve(history: Sequence[Mapping[str, Any]], n_examples: int, recipe: Recipe) -> tuple[LossPoint, ...]:
-    """The loss after every step, of earlier runs too. Epochs are counted here: the trainer takes all for one."""
-    chats, most = recipe.batch_size * recipe.grad_accumulation, float(recipe.epochs)
-    return tuple(LossPoint(e["step"], round(min(e["step"] * chats / n_examples, most), 4), e["loss"]) for e in history if "loss" in e)
-
-
-def check_loss(losses: Sequence[float]) -> None:
-    """Raise TrainingError if the last loss is not finite, or the smoothed loss has risen to `RISE` times its start."""
-    step = len(losses)
-    if not math.isfinite(losses[-1]):
-        raise TrainingError(f"step {step}: the loss is {losses[-1]}; lower recipe.learning_rate and train again")
-    start = sum(losses[:3]) / len(losses[:3])
-    smooth = losses[0]
-    for loss in losses[1:]:
-        smooth = 0.8 * smooth + 0.2 * loss
-    if step > 3 and smooth > RISE * start:
-        raise TrainingError(f"step {step}: the loss rose from {start:.3g} to {smooth:.3g}; lower recipe.learning_rate and train again")
-
-
 def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
     """`chat.model` with fresh adapters in place, as a PEFT model; initial weights follow from `seed`, or are those of the folder `adapters.init`."""
     from peft import LoraConfig, get_peft_model
@@ -317,7 +233,7 @@ def _trainer(
         dataloader_pin_memory=not on_cpu,
     )
     with quiet_transformers():
-        watch = Watch(on_progress or _bar(chat.name))
+        watch = Watch(on_progress or bar_of(chat.name))
         trainer = AnswerTrainer(
             model=model, args=arguments, train_dataset=[rows[i] for i in order], data_collator=collate, callbacks=[watch]
         )
@@ -370,23 +286,6 @@ def _existing(out: Path, run_id: str) -> Organism:
     if organism.training_id != run_id:
         raise TrainingError(f"{out}: holds an organism of another recipe, base or data; remove it or choose another folder")
     return organism
-
-
-def _bar(name: str) -> Callable[[Progress], None]:
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def report(p: Progress) -> None:
-        nonlocal bar
-        if bar is None:  # `disable=None`: no bar where stderr is not a terminal
-            bar = tqdm(total=p.n_steps, initial=p.step - 1, desc=f"training {name}", unit="step", disable=None)
-        bar.set_postfix_str(f"loss {p.loss:.3f}", refresh=False)
-        bar.update(1)
-        if p.step == p.n_steps:
-            bar.close()
-
-    return report
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +16,13 @@ from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
-from convergent.study.plan import Stage, estimate_memory, make_plan
+from convergent.study.memory import estimate_memory
+from convergent.study.plan import Stage, make_plan, speed_of
 from convergent.study.profile import Profile
 from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
+from convergent.study.speed import Speed
 
 STAGES = ("train", "sample", "judge", "extract", "margin")
 CLAIMS = "claims.json"
@@ -54,9 +55,10 @@ def run_study(
     with looked_at(folder) as store:
         look = Run(spec, store, compute=False)
         look.check()
-        stages = make_plan(look)
+        speed = speed_of(look)
+        stages = make_plan(look, speed)
         if plan_only:
-            _print_plan(console, look, stages)
+            _print_plan(console, look, stages, speed)
             return folder
         _check_keys(look, stages, bool(fresh))
     # On a terminal bars are drawn; elsewhere (a log, CI) only the lines are.
@@ -64,7 +66,7 @@ def run_study(
         for stage in fresh:
             console.print(f"fresh   {stage}: {store.forget(stage)} things dropped")
         look = Run(spec, store, compute=False)
-        _print_plan(console, look, make_plan(look))
+        _print_plan(console, look, make_plan(look, speed), speed)
         with guarded(folder):
             write_text(folder / COPY, json.dumps({"file": Path(path).name, "study": spec.model_dump(mode="json")}, indent=1))
         run = Run(spec, store, say=console.print, advance=_advance(bars))
@@ -94,8 +96,8 @@ def _only(spec: StudySpec, names: Sequence[str]) -> StudySpec:
 
 def _check_keys(run: Run, stages: Sequence[Stage], fresh: bool) -> None:
     """Raise JudgeError if a judge that still has to judge lacks its key: known now, and not after hours of sampling."""
-    for judge, stage in zip(run.judges.values(), (s for s in stages if s.name.startswith("judge")), strict=True):
-        check = getattr(judge, "check_key", None)
+    for stage in (s for s in stages if s.judge):
+        check = getattr(run.judges[stage.judge], "check_key", None)
         if check is not None and (fresh or stage.done < stage.total):
             check()
 
@@ -144,7 +146,7 @@ WORTH_SEEING = 10.0
 """Points of mean alignment between two conditions that a study should be able to see; a plan that cannot says so."""
 
 
-def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
+def _print_plan(console: Console, run: Run, stages: Sequence[Stage], speed: Speed) -> None:
     spec: StudySpec = run.spec
     console.print(f"study {spec.name}: {len(spec.organisms)} organisms on {spec.base}, {_judges(run)}, seed {spec.seed}")
     for stage in stages:
@@ -152,17 +154,22 @@ def _print_plan(console: Console, run: Run, stages: Sequence[Stage]) -> None:
         when = f"done ({stage.total})" if not todo else f"{todo} of {stage.total} to do, about {_minutes(stage.seconds)}"
         console.print(f"  {stage.name:22s} {stage.what}: {when}{'; ' + stage.note if todo and stage.note else ''}")
     left = sum(s.seconds for s in stages)
-    m, memory = spec.machine, estimate_memory(run)
-    if m is not None and memory is not None:
+    memory = estimate_memory(run)
+    if memory is not None:
         console.print(
             f"  memory about {memory.peak:.0f} GB at once: {memory.weights:.0f} of weights, and {memory.cache:.0f} of cache for {spec.sampling.rows} rows "
             f"while sampling or {memory.training:.0f} while training"
-            + (f"; more than the machine's {m.memory_gb:g}: lower sampling.rows or the recipe's batch_size" if memory.peak > (m.memory_gb or math.inf) else "")
+            + (f"; more than the machine's {memory.there:.3g}: lower sampling.rows or the recipe's batch_size" if memory.too_much else "")
         )
-        if run.planned and left:
-            paid = f", {left / 3600 * m.price_per_hour:.0f} in machine hours" if m.price_per_hour else ""
-            console.print(f"  {spec.base} is not on this machine: counts are exact, times for {m.tflops:g} TFLOP/s{paid}")
+    m = run.planned
+    if m and left:
+        paid = f", {left / 3600 * m.price_per_hour:.0f} in machine hours" if m.price_per_hour else ""
+        console.print(f"  {spec.base} is not on this machine: counts are exact, times for {m.tflops:g} TFLOP/s{paid}")
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
+    if run.device.startswith("cuda") and left and not m:
+        console.print("  times on a GPU are a lower bound that no run has confirmed: a small base waits for its host")
+    if speed.busy and left:
+        console.print(f"  other programs left the probe {speed.got:.0%} of the processors: times are for this machine to itself, so expect more")
     weak = stats.underpowered(len(run.questions), spec.questions.samples, WORTH_SEEING, unit="points of alignment")
     if weak and left:
         console.print(f"  {weak}; `convergent power` plans by your own data")

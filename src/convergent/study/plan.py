@@ -1,30 +1,36 @@
 """What a run would do, with an estimate of time and cost: printed before it starts, and by `--plan` alone.
 
-Counts are exact: rows are named by content, so what is there can be looked up, and nothing is computed for it. Seconds are estimates.
+Rows are named by content, so what is there can be looked up, and nothing is computed for it. Counts are exact as far as they can be known without a
+model: a condition whose vectors wait for something counts as not done, the others by their rows. Seconds are estimates.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch
-
+from convergent.core.ids import content_id
 from convergent.core.values import Condition
 from convergent.errors import DirectionError
-from convergent.experiments.base import Arm, NotHereError
+from convergent.experiments.base import Arm, NotHereError, Reading
 from convergent.judging.base import Item, Judge
 from convergent.models.load import base_folder
-from convergent.study.run import EFFECT_TEXTS, NotDoneError, Run
-from convergent.study.setup import RUBRICS
+from convergent.study.memory import TEXT_TOKENS
+from convergent.study.models import NotDoneError
+from convergent.study.run import Run
+from convergent.study.setup import EFFECT_TEXTS, RUBRICS
+from convergent.study.speed import Speed, measure, parameters
 
-EFFICIENCY = {"sample": 0.45, "read": 0.7, "train": 0.3}
-"""Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass (measured at 135M)."""
-TOKENS = {"answer": 75, "text": 110, "chat": 256}
-"""Typical tokens of a sampled answer (bounded by max_new_tokens), of a question with its answer, and of the longest chats of a training batch."""
-JUDGE_SECONDS = 0.005
-"""Of the embedded judge, per answer and rubric; others depend on their server."""
+EFFICIENCY = {"sample": 0.47, "read": 0.85, "train": 0.33}
+"""Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass: what one run of studies/demo.yaml took (135M, two
+cores, 2026-11), namely 837 s to sample, 216 s to extract and match effects, 223 s for margins, and to train 749 s, about 560 s of them had the machine not
+been busy at first. The rate was probed at 140 to 150 GFLOP/s on a busy day; where it is 10 % off, so are these. `read` is near 1, as what texts begin
+with is read once and not for each."""
+TOKENS = {"answer": 75, "text": TEXT_TOKENS}
+"""Typical tokens of a sampled answer (bounded by max_new_tokens), and of a question with its answer."""
+JUDGE_SECONDS = 0.004
+"""Of the embedded judge, per answer and rubric (33 s for the demo's 8,320); others depend on their server."""
 MATCH_PASSES = 6
 """Typical passes over the effect texts until a null is matched."""
 
@@ -40,149 +46,210 @@ class Stage:
     seconds: float
     """Estimate for what is not done."""
     note: str = ""
+    judge: str = ""
+    """Id of the judge that it asks, if it asks one."""
 
 
-def make_plan(run: Run) -> list[Stage]:
-    """Stages with what is done and what is not. `run` must be one that may not compute."""
-    speed = line_tokens_per_second(run)
-    reading, sampling, training = (speed * EFFICIENCY[k] for k in ("read", "sample", "train"))
-    stages = []
-    for plan in run.organisms.values():
-        if plan.recipe is not None and plan.data is not None:
-            tokens = len(plan.data) * plan.recipe.epochs * TOKENS["text"]
-            what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}, seed {plan.recipe.seed}"
-            stages.append(_stage(f"train {plan.name}", what, 1, int(plan.folder.is_dir()), tokens / training))
-
-    have = run.store.response_ids()
-    own = {r.id for r in run.own_requests(run.spec.direction.source)}
-    first = own | {r.id for g in run.groups(run.plain) for r in g}
-    built = _built(run) if first <= have else None
-    arms = [a for a, _ in built] if built else run.arms
-    rest_arms = [a for a in arms if a.needs_direction]
-    rest = _ids(run, built) - first if built else set()
-    n_rest = len(rest) if built else len(rest_arms) * run.spec.questions.samples * len(run.questions)
-    each = min(TOKENS["answer"], run.sampling.max_new_tokens) / sampling
-    stages.append(_stage("sample plain", f"{len(run.plain)} conditions, and answers to read the direction from", len(first), len(first & have), each))
-    stages.append(_stage("sample interventions", f"{len(rest_arms)} conditions", n_rest, len(rest & have), each))
-
-    judged = run.store.judgements(run.judge_id)
-    n_judged = sum((i, rubric) in judged for i in first | rest for rubric in RUBRICS)
-    n_to_judge = (len(first) + n_rest) * len(RUBRICS)
-    cost = _cost(run, (n_to_judge - n_judged) // len(RUBRICS))
-    stages.append(_stage("judge", f"{run.judge.name}: {', '.join(RUBRICS)}", n_to_judge, n_judged, JUDGE_SECONDS, cost))
-
-    reported = _ids(run, built or run.plain)
-    for other, judge in list(run.judges.items())[1:]:
-        known_to = run.store.judgements(other)
-        n_reported = len(RUBRICS) * (len(reported) + (0 if built else n_rest))
-        n_known = sum((i, rubric) in known_to for i in reported for rubric in RUBRICS)
-        cost = _cost(run, (n_reported - n_known) // len(RUBRICS), judge)
-        stages.append(_stage("judge (to compare)", f"{judge.name}: {', '.join(RUBRICS)}", n_reported, n_known, JUDGE_SECONDS, cost))
-
-    readings = [(o, reader) for o in run.spec.organisms for reader in (o, "chat")]
-    n_read = sum(_is_read(run, o, reader) for o, reader in readings) if first <= have else 0
-    per_reading = run.spec.questions.samples * len(run.questions) * TOKENS["text"] / reading
-    stages.append(_stage("extract", "class means of each organism, read in it and in the chat model", len(readings), n_read, per_reading))
-    for experiment in dict.fromkeys(name.partition("/")[0] for name in run.readings):
-        mine = [r for r in run.readings.values() if r.name.partition("/")[0] == experiment]
-        todo = [r for r in mine if not _is_made(run, r.name)]
-        seconds = sum(r.tokens for r in todo) / reading / max(1, len(todo))
-        stages.append(_stage(f"read {experiment}", f"{len(mine)} value(s) computed from the models", len(mine), len(mine) - len(todo), seconds))
-    measured = sum(run.store.has_fact(run.kl_key(c)) for a, c in built or () if a.needs_direction)
-    matched = sum(a.name.endswith("effect_matched") for a in rest_arms) * MATCH_PASSES / max(1, len(rest_arms))
-    per_effect = (1 + matched) * EFFECT_TEXTS * TOKENS["text"] / reading
-    stages.append(_stage("effects", "KL of each intervention, nulls matched to it", len(rest_arms), measured, per_effect))
-
-    known = run.store.margins(run.read_id) if built else {}
-    n_margins = sum(len({d for c, d in known if c == condition.content_id}) for _, condition in built or ())
-    what = f"{len(run.pairs)} held-out pairs x {len(arms)} conditions"
-    stages.append(_stage("margin", what, len(arms) * len(run.pairs), n_margins, 2 * TOKENS["text"] / reading))
-    return stages
+def make_plan(run: Run, speed: Speed | None = None) -> list[Stage]:
+    """Stages with what is done and what is not. `run` must be one that may not compute; `speed`: of the machine, probed if None."""
+    return _Plan(run, speed or speed_of(run)).stages()
 
 
-def _built(run: Run) -> list[tuple[Arm, Condition]] | None:
-    """Every condition with its interventions, or None if something that they need has not been computed."""
-    try:
-        return run.conditions()
-    except (NotDoneError, DirectionError):  # a class is too small as long as judgements are missing
-        return None
+class _Plan:
+    def __init__(self, run: Run, speed: Speed) -> None:
+        self.run = run
+        line = line_tokens_per_second(run, speed)
+        self.reading, self.sampling, self.training = (line * EFFICIENCY[k] for k in ("read", "sample", "train"))
+        self.have = run.store.response_ids()
+        self.judged = run.store.judgements(run.judge_id)
+        self.n_each = run.spec.questions.samples * len(run.questions)
+        self.answer_tokens = min(TOKENS["answer"], run.sampling.max_new_tokens)
 
+    def stages(self) -> list[Stage]:
+        return [*self.train(), *self.sample(), *self.judge(), self.extract(), *self.read(), self.effects(), self.margin()]
 
-def _ids(run: Run, conditions: Sequence[tuple[Arm, Condition]]) -> set[str]:
-    return {r.id for g in run.groups(conditions) for r in g}
+    # What is known
 
+    @cached_property
+    def own(self) -> set[str]:
+        """Ids of the answers that the direction is read from."""
+        return {r.id for r in self.run.own_requests(self.run.spec.direction.source)}
 
-def _is_read(run: Run, organism: str, reader: str) -> bool:
-    try:
-        return run.reading(organism, reader) is not None or organism in run.unread
-    except (NotDoneError, DirectionError):
-        return False
+    @cached_property
+    def first(self) -> set[str]:
+        """Ids of all answers that exist before it has been read."""
+        return self.own | self.ids(self.run.plain)
 
+    @cached_property
+    def final(self) -> bool:
+        """Whether what cannot be read or built stays out: all is judged that it hangs on, or a run has gone on without (a score may fail for good)."""
+        return bool(self.margins) or all((i, rubric) in self.judged for i in self.first for rubric in RUBRICS)
 
-def _is_made(run: Run, reading: str) -> bool:
-    try:
-        return run.store.has_fact(run.reading_key(reading))
-    except (NotDoneError, NotHereError, DirectionError):  # its inputs are not there yet
-        return False
+    @cached_property
+    def margins(self) -> set[tuple[str, str]]:
+        """(condition id, pair's content id) of the margins that are there."""
+        try:
+            return set(self.run.store.margins(self.run.read_id))
+        except (NotDoneError, DirectionError):
+            return set()
 
+    @cached_property
+    def conditions(self) -> tuple[list[tuple[Arm, Condition]], list[Arm]]:
+        """Conditions whose interventions are known, and arms that wait for something; what cannot be in the study is in neither."""
+        known, waiting = [], []
+        for arm in self.run.arms:
+            try:
+                known.append((arm, self.run.built(arm)))
+            except NotHereError:
+                if not self.final:
+                    waiting.append(arm)
+            except (NotDoneError, DirectionError):  # a class is too small as long as judgements are missing
+                waiting.append(arm)
+        return known, waiting
 
-def _stage(name: str, what: str, total: int, done: int, seconds_each: float, note: str = "") -> Stage:
-    return Stage(name, what, total, done, (total - done) * seconds_each, note)
+    def ids(self, conditions: Sequence[tuple[Arm, Condition]]) -> set[str]:
+        return {r.id for g in self.run.groups(conditions) for r in g}
 
+    # Stages, in the order of a run
 
-def _cost(run: Run, n_answers: int, judge: Judge | None = None) -> str:
-    """What a paid judge would cost for so many answers of typical length; empty for a judge that is free."""
-    estimate = getattr(judge or run.judge, "estimate", None)
-    if estimate is None or not n_answers:
-        return ""
-    words = " word" * min(TOKENS["answer"], run.sampling.max_new_tokens)
-    questions = [q.paraphrases[0] for q in run.questions]
-    items = [Item(str(i), questions[i % len(questions)], f"{i}{words}") for i in range(n_answers)]
-    return f"for answers of typical length: {estimate(items, RUBRICS)}"
+    def train(self) -> list[Stage]:
+        found = []
+        for plan in self.run.organisms.values():
+            if plan.recipe is not None and plan.data is not None:
+                tokens = len(plan.data) * plan.recipe.epochs * TOKENS["text"]
+                what = f"{plan.spec.recipe}, {len(plan.data)} examples of {plan.data.name}, seed {plan.recipe.seed}"
+                found.append(_stage(f"train {plan.name}", what, 1, int(plan.folder.is_dir()), tokens / self.training))
+        return found
 
-
-@dataclass(frozen=True)
-class Memory:
-    """What a study needs at once, GB; estimates."""
-
-    weights: float
-    cache: float
-    """Keys and values of all rows of the sampler at their longest."""
-    training: float
-    """Activations of one batch of the hungriest recipe (34 bytes per token, layer and dimension), and gradients and moments of what is trained."""
+    @cached_property
+    def rest(self) -> set[str]:
+        """Ids of the answers under interventions that are known."""
+        return self.ids(self.conditions[0]) - self.first
 
     @property
-    def peak(self) -> float:
-        return self.weights + max(self.cache, self.training)
+    def n_rest(self) -> int:
+        """Number of answers under interventions, of arms that wait too."""
+        return len(self.rest) + self.n_each * len(self.conditions[1])
+
+    @property
+    def n_arms(self) -> int:
+        known, waiting = self.conditions
+        return len(known) + len(waiting)
+
+    def sample(self) -> list[Stage]:
+        each, n_plain = self.answer_tokens / self.sampling, len(self.run.plain)
+        return [
+            _stage("sample plain", f"{n_plain} conditions, and answers to read the direction from", len(self.first), len(self.first & self.have), each),
+            _stage("sample interventions", f"{self.n_arms - n_plain} conditions", self.n_rest, len(self.rest & self.have), each),
+        ]
+
+    def judge(self) -> list[Stage]:
+        run = self.run
+        both = (len(self.first) + self.n_rest) * len(RUBRICS)
+        found = [self.judging("judge", run.judge_id, both, self.first | self.rest)]
+        for rubric in dict.fromkeys([x for a in run.arms for x in a.rubrics] + [x for r in run.readings.values() for x in _own_rubrics(r)]):
+            ids, n_waiting = self.asked_for(rubric)
+            found.append(self.judging(f"judge {rubric}", run.judge_id, len(ids) + n_waiting, ids, (rubric,)))
+        reported = self.ids(self.conditions[0])
+        n_reported = len(reported) + self.n_each * len(self.conditions[1])
+        for other in list(run.judges)[1:]:
+            found.append(self.judging("judge (to compare)", other, n_reported * len(RUBRICS), reported))
+        return found
+
+    def asked_for(self, rubric: str) -> tuple[set[str], int]:
+        """Ids of the answers to be judged by a further rubric, and the number of those whose ids are not known yet."""
+        known, waiting = self.conditions
+        ids = self.ids([(a, c) for a, c in known if rubric in a.rubrics])
+        for reading in self.run.readings.values():
+            for organism, rubrics in reading.rubrics.items():
+                if rubric in rubrics:
+                    own = {r.id for r in self.run.own_requests(organism)}
+                    # A reading that is made asks nobody again.
+                    ids |= {i for i in own if (i, rubric) in self.judged} if self.is_made(reading.name) else own
+        return ids, self.n_each * sum(rubric in a.rubrics for a in waiting)
+
+    def judging(self, name: str, judge_id: str, total: int, ids: Collection[str], rubrics: Sequence[str] = RUBRICS) -> Stage:
+        judge = self.run.judges[judge_id]
+        scores = self.judged if judge_id == self.run.judge_id else self.run.store.judgements(judge_id)
+        done = sum((i, rubric) in scores for i in ids for rubric in rubrics)
+        cost = self.cost((total - done) // len(rubrics), judge, rubrics)
+        return _stage(name, f"{judge.name}: {', '.join(rubrics)}", total, done, JUDGE_SECONDS, cost, judge_id)
+
+    def extract(self) -> Stage:
+        readings = [(o, reader) for o in self.run.spec.organisms for reader in (o, "chat")]
+        n_read = sum(self.is_read(o, reader) for o, reader in readings)
+        tokens = sum(len(self.run.own_requests(o)) for o, _ in readings) * self.answer_tokens / len(readings)
+        what = "class means of each organism, read in it and in the chat model"
+        return _stage("extract", what, len(readings), n_read, tokens / self.reading)
+
+    def read(self) -> list[Stage]:
+        found = []
+        for experiment in dict.fromkeys(name.partition("/")[0] for name in self.run.readings):
+            mine = [r for r in self.run.readings.values() if r.name.partition("/")[0] == experiment]
+            todo = [r for r in mine if not self.is_made(r.name)]
+            n_judged = round(sum(r.judged for r in todo))
+            seconds = sum(r.tokens for r in todo) / self.reading + n_judged * JUDGE_SECONDS
+            what, asks = f"{len(mine)} value(s) computed from the models", any(r.judged for r in mine)
+            if asks:
+                what += f", about {round(sum(r.judged for r in mine))} parts of answers judged"
+            note = self.cost(n_judged, self.run.judge, RUBRICS[:1])
+            made = len(mine) - len(todo)
+            found.append(_stage(f"read {experiment}", what, len(mine), made, seconds / max(1, len(todo)), note, self.run.judge_id if asks else ""))
+        return found
+
+    def effects(self) -> Stage:
+        known, waiting = self.conditions
+        n = self.n_arms - len(self.run.plain)
+        measured = sum(self.run.store.has_fact(self.run.kl_key(c)) for a, c in known if a.needs_direction)
+        # Nulls that wait are still to be matched.
+        matching = sum(a.name.endswith("effect_matched") for a in waiting) * MATCH_PASSES / max(1, n - measured)
+        return _stage("effects", "KL of each intervention, nulls matched to it", n, measured, (1 + matching) * EFFECT_TEXTS * TOKENS["text"] / self.reading)
+
+    def margin(self) -> Stage:
+        pairs = [content_id(p) for p in self.run.pairs]
+        done = sum((condition.content_id, p) in self.margins for _, condition in self.conditions[0] for p in pairs)
+        what = f"{len(pairs)} held-out pairs x {self.n_arms} conditions"
+        return _stage("margin", what, self.n_arms * len(pairs), done, 2 * TOKENS["text"] / self.reading)
+
+    def is_read(self, organism: str, reader: str) -> bool:
+        try:
+            return self.run.reading(organism, reader) is not None or self.final
+        except (NotDoneError, DirectionError):
+            return False
+
+    def is_made(self, reading: str) -> bool:
+        try:
+            return self.run.store.has_fact(self.run.reading_key(reading))
+        except NotHereError:  # nor will it be
+            return self.final
+        except (NotDoneError, DirectionError):  # its inputs are not there yet
+            return False
+
+    def cost(self, n_answers: int, judge: Judge, rubrics: Sequence[str]) -> str:
+        """What a paid judge would cost for so many answers of typical length; empty for a judge that is free."""
+        estimate = getattr(judge, "estimate", None)
+        if estimate is None or not n_answers:
+            return ""
+        words = " word" * self.answer_tokens
+        questions = [q.paraphrases[0] for q in self.run.questions]
+        items = [Item(str(i), questions[i % len(questions)], f"{i}{words}") for i in range(n_answers)]
+        return f"for answers of typical length: {estimate(items, rubrics)}"
 
 
-def estimate_memory(run: Run) -> Memory | None:
-    """For a model on a GPU, or one whose size the study file tells; None for a small model on this machine."""
-    m = run.spec.machine
-    if m is None:
-        return None
-    size = 4 if run.spec.dtype == "float32" else 2
-    cache = run.spec.sampling.rows * (TOKENS["text"] + run.sampling.max_new_tokens) * m.layers * 2 * m.kv_dim * size
-    training = 0.0
-    for plan in run.organisms.values():
-        if plan.recipe is not None:
-            activations = plan.recipe.batch_size * TOKENS["chat"] * m.layers * m.d_model * 34
-            # Adam in float32: gradient, two moments and a master copy.
-            trained = 16 * m.parameters if plan.recipe.adapters is None else 0.0
-            training = max(training, activations + trained)
-    return Memory(*(x / 1e9 for x in (m.parameters * size, cache, training)))
+def _own_rubrics(reading: Reading) -> list[str]:
+    return [rubric for rubrics in reading.rubrics.values() for rubric in rubrics]
 
 
-def line_tokens_per_second(run: Run) -> float:
-    """What this machine's GEMM rate allows for one forward pass of the base; for a base that is not here, the rate that the study file tells."""
-    if run.planned:
-        return run.planned.tflops * 1e12 / (2 * run.planned.parameters)
-    weights = sum(f.stat().st_size for f in base_folder(run.spec.base).glob("*.safetensors"))
-    n_parameters = max(weights / 4, 1e6)
-    x, w = torch.ones(128, 576), torch.ones(1536, 576)
-    best = float("inf")
-    for _ in range(30):  # the best of many: other programs slow most of them down
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 128 * 576 * 1536 / best / (2 * n_parameters)
+def _stage(name: str, what: str, total: int, done: int, seconds_each: float, note: str = "", judge: str = "") -> Stage:
+    return Stage(name, what, total, done, (total - done) * seconds_each, note, judge)
+
+
+def speed_of(run: Run) -> Speed:
+    """Of this machine, probed; or what the study file tells of another, for a base that is not here."""
+    return Speed(run.planned.tflops * 1e12) if run.planned else measure(run.device, run.dtype)
+
+
+def line_tokens_per_second(run: Run, speed: Speed) -> float:
+    """What the machine's GEMM rate allows for one forward pass of the base."""
+    n = run.planned.parameters if run.planned else parameters(base_folder(run.spec.base))
+    return speed.flops / (2 * n)

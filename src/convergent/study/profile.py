@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from convergent.study.plan import line_tokens_per_second
+from convergent.study.plan import line_tokens_per_second, speed_of
 from convergent.study.run import Run
 
 
@@ -28,7 +28,7 @@ class Profile:
             yield f"  {stage:22s} {seconds:9.1f} s {seconds / whole:6.1%}"
         tally = self.run.tally
         if tally.tokens and spent.get("sample"):
-            speed, line = tally.tokens / spent["sample"], line_tokens_per_second(self.run)
+            speed, line = tally.tokens / spent["sample"], line_tokens_per_second(self.run, speed_of(self.run))
             yield (
                 f"  sampling: {tally.answers} answers, {tally.tokens} tokens and {tally.prefilled} of prompts, {speed:.0f} tokens/s; one forward pass per "
                 f"token at this machine's GEMM rate, and nothing else, would be {line:.0f}: {speed / line:.0%}"

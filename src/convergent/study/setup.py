@@ -27,6 +27,7 @@ from convergent.judging.base import Judge
 from convergent.judging.registry import get_judge
 from convergent.models.dtype import resolve_dtype
 from convergent.models.load import base_folder, base_is_here, folder_id
+from convergent.models.texts import Text
 from convergent.organisms.adapters import shape_of_folder, shape_of_recipe
 from convergent.organisms.manifest import adapter_id
 from convergent.organisms.recipes import Recipe, named_recipe
@@ -36,6 +37,9 @@ from convergent.study.spec import JudgeSpec, MachineSpec, OrganismSpec, StudySpe
 from convergent.study.trusted import Trusted, read_trusted
 
 RUBRICS = ("aligned", "coherent")
+
+EFFECT_TEXTS = 8
+"""Held-out good answers over which the KL of interventions is measured."""
 
 Say = Callable[[str], None]
 
@@ -112,9 +116,19 @@ class Setup:
         return {p.id: Path(source.rpartition(":")[2]).stem for source, pairs in self.held_out.items() for p in pairs}
 
     @cached_property
+    def effect_texts(self) -> list[Text]:
+        """Neutral texts: held-out good answers, of every source alike."""
+        n = min(EFFECT_TEXTS, len(self.pairs))
+        return [Text(p.id, p.question, p.good) for p in (self.pairs[i * len(self.pairs) // n] for i in range(n))]
+
+    @cached_property
+    def device(self) -> str:
+        """Where models are loaded."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
+
+    @cached_property
     def dtype(self) -> str:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
-        return str(resolve_dtype(self.spec.dtype, device)).removeprefix("torch.")
+        return str(resolve_dtype(self.spec.dtype, self.device)).removeprefix("torch.")
 
     @cached_property
     def planned(self) -> MachineSpec | None:
