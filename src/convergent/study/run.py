@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -116,9 +116,11 @@ class Run(Setup):
 
     # Stages
 
-    def train_all(self) -> None:
-        """Train the organisms that are not there yet."""
+    def train_all(self, names: Collection[str] | None = None) -> None:
+        """Train the organisms that are not there yet, all or those named."""
         for plan in self.organisms.values():
+            if names is not None and plan.name not in names:
+                continue
             if plan.recipe is None or plan.data is None or plan.folder.is_dir():
                 continue
             self.say(f"train   {plan.name}: {plan.spec.recipe} on {len(plan.data)} examples of {plan.data.name}")
