@@ -293,3 +293,35 @@ def test_a_folder_without_rights(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir(mode=0o500)
     with pytest.raises(StoreError, match="Permission denied"), opened(tmp_path / "s" / "t"):
         pass
+
+
+# Merging
+
+
+def test_a_folder_takes_over_what_it_lacks(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as store:
+        store.add_response(response(1), "chat", "main")
+        store.add_seconds("sample", 2.0)
+    with opened(tmp_path / "b") as store:
+        store.add_response(response(1, "never the same, but known by its id"), "chat", "main")
+        store.add_response(response(2), "chat", "main")
+        store.add_judgement(Judgement("r2", "j", "aligned", 50.0), "j")
+        store.add_margin("c0", "d0", "v0", MARGIN)
+        store.fact("key", "extract", lambda: [1])
+        store.direction("d", lambda: Direction(torch.ones(2, 3)))
+        store.add_seconds("sample", 3.0)
+        store.add_seconds("judge", 1.0)
+        (tmp_path / "b" / "organisms" / "A").mkdir(parents=True)
+        (tmp_path / "b" / "organisms" / "A" / "x.json").write_text("{}")
+        (tmp_path / "b" / "organisms" / ".A.part").mkdir()
+    with opened(tmp_path / "a") as store:
+        assert store.absorb(tmp_path / "b") == 4
+        assert store.absorb(tmp_path / "b") == 0
+        assert store.responses(["r1", "r2"]) == [response(1), response(2)]
+        assert store.judgements("j")["r2", "aligned"].score == 50.0 and len(store.margins("v0")) == 1
+        assert store.fact("key", "extract", lambda: pytest.fail("it is there")) == [1]
+        assert store.direction("d", lambda: pytest.fail("it is there")).n_layers == 2
+        assert store.seconds() == {"sample": 8.0, "judge": 2.0}  # added each time: merge a folder once
+        assert [p.name for p in (tmp_path / "a" / "organisms").iterdir()] == ["A"]
+        with pytest.raises(StoreError, match="no study.sqlite"):
+            store.absorb(tmp_path / "nothing")

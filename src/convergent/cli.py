@@ -71,6 +71,18 @@ def experiments(name: Annotated[Optional[str], typer.Argument(help="Show this on
     typer.echo(catalogue() if name is None else settings_of(name))
 
 
+@app.command(epilog="Example: convergent merge runs/paper runs/paper-on-machine-2")
+def merge(
+    into: Annotated[Path, typer.Argument(metavar="STUDY_DIR", help="Folder to take over into; made if it is not there.")],
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER...", help="Folders of the same study, run elsewhere; they stay as they are.")],
+) -> None:
+    """Take over what other folders of the same study hold, such as blocks that other machines ran with --only."""
+    from convergent.study.main import merge_studies
+
+    for folder, n in merge_studies(into, others):
+        typer.echo(f"merged {folder}: {n} new rows")
+
+
 @app.command(epilog="Example: convergent report demo")
 def report(folder: Annotated[Path, typer.Argument(metavar="STUDY_DIR", help="Folder of a finished study.")]) -> None:
     """Write the page and the tables of a study again."""

@@ -162,6 +162,10 @@ class Store:
         """Stage -> seconds of work over all runs of this folder."""
         return dict(self._read("SELECT stage, seconds FROM seconds ORDER BY stage"))
 
+    def forget_seconds(self) -> None:
+        """Drop the times, for a copy whose own are to be added to the first folder's."""
+        self._write("DELETE FROM seconds WHERE true", [()])
+
     def direction(self, key: str, make: Callable[[], Direction]) -> Direction:
         """A direction computed once per content key."""
         path = self.folder / "directions" / f"{key}.safetensors"
@@ -183,6 +187,44 @@ class Store:
                 part.replace(path)
         with guarded(self.folder):
             return load_file(path)
+
+    def absorb(self, other: Path) -> int:
+        """Take over what another folder of the same study has and this one lacks, and add its times; returns the number of rows taken.
+
+        Everything is keyed by content, so what both have is the same. The other folder stays as it is. Raises StoreError if it is no study's.
+        """
+        if not (other / DATABASE).is_file():
+            raise StoreError(f"{other}: not a study folder (no {DATABASE}); give the --out of a run")
+        with looked_at(other):  # of our format
+            pass
+        n = 0
+        with self._mutex, guarded(self.folder):
+            self._db.execute("ATTACH DATABASE ? AS other", (str(other / DATABASE),))
+            try:
+                with self._db:
+                    for table in ("responses", "judgements", "margins", "facts"):
+                        n += self._db.execute(f"INSERT OR IGNORE INTO main.{table} SELECT * FROM other.{table}").rowcount
+                    # WHERE true: or SQLite takes the conflict clause for a join's.
+                    self._db.execute(
+                        "INSERT INTO main.seconds SELECT * FROM other.seconds WHERE true ON CONFLICT (stage) DO UPDATE SET seconds = seconds + excluded.seconds"
+                    )
+            finally:
+                self._db.execute("DETACH DATABASE other")
+        with guarded(self.folder):
+            for folder in ("organisms", "directions"):
+                for found in sorted((other / folder).glob("[!.]*")):
+                    target = self.folder / folder / found.name
+                    if target.exists() or found.suffix == ".lock":
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    part = target.with_name(f".{target.name}.part")  # a kill must not leave half of one under its name
+                    if found.is_dir():
+                        shutil.rmtree(part, ignore_errors=True)
+                        shutil.copytree(found, part)
+                    else:
+                        shutil.copyfile(found, part)
+                    part.replace(target)
+        return n
 
     def forget(self, stage: str) -> int:
         """Drop what a stage made ("train", "sample", "judge", "extract" or "margin") and what was made from that.

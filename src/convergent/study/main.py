@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -102,17 +103,42 @@ def _check_keys(run: Run, stages: Sequence[Stage], fresh: bool) -> None:
             check()
 
 
+def merge_studies(into: str | Path, others: Sequence[str | Path]) -> list[tuple[Path, int]]:
+    """Take over into a study folder what other folders of the same study hold; (folder, rows that were new) of each.
+
+    The next `run_study` on the folder does what is still missing and writes the report. Raises StoreError if a folder is none of a study, or of another
+    one: base, seed and organisms must be the same, experiments and judges may differ.
+    """
+    into, folders = Path(into), [Path(f) for f in others]
+    kept = [f for f in (into, *folders) if (f / COPY).is_file()]
+    for folder in folders:
+        if folder not in kept:
+            raise StoreError(f"{folder}: not a study folder (no {COPY}); give the --out of a run")
+    for folder in kept[1:]:
+        a, b = (_kept_copy(f)[1] for f in (kept[0], folder))
+        other = next((k for k in ("base", "seed", "organisms", "direction") if a.get(k) != b.get(k)), None)
+        if other is not None:
+            raise StoreError(f"{folder}: another study than {kept[0]} ({other} differs); merge folders of one study only")
+    with opened(into) as store:
+        return [(folder, store.absorb(folder)) for folder in folders]
+
+
+def _kept_copy(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(name of the study file, the study) as a folder keeps them."""
+    try:
+        kept = json.loads((folder / COPY).read_text(encoding="utf-8"))
+        return str(kept["file"]), dict(kept["study"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / COPY}: cannot be read as the copy of a study ({error}); run `convergent run` on this folder again") from error
+
+
 def rewrite_report(folder: str | Path) -> Path:
     """Write the page and tables of a finished study again; computes nothing. Raises StoreError if the folder is not one."""
     folder = Path(folder)
     copy = folder / COPY
     if not copy.is_file():
         raise StoreError(f"{folder}: not a study folder (no {COPY}); run `convergent run STUDY --out {folder}` first")
-    try:
-        kept = json.loads(copy.read_text(encoding="utf-8"))
-        file, study = str(kept["file"]), kept["study"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{copy}: cannot be read as the copy of a study ({error}); run `convergent run` on this folder again") from error
+    file, study = _kept_copy(folder)
     spec = study_from(study, copy)
     with opened(folder) as store:
         run = Run(spec, store, compute=False)

@@ -7,7 +7,7 @@ import gc
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,11 @@ class Models(Setup):
         self._effects = None
         _give_memory_back()
 
-    def train_all(self) -> None:
-        """Train the organisms that are not there yet."""
+    def train_all(self, names: Collection[str] | None = None) -> None:
+        """Train the organisms that are not there yet, all or those named."""
         for plan in self.organisms.values():
+            if names is not None and plan.name not in names:
+                continue
             if plan.recipe is None or plan.data is None or plan.folder.is_dir():
                 continue
             self.say(f"train   {plan.name}: {plan.spec.recipe} on {len(plan.data)} examples of {plan.data.name}")

@@ -1,0 +1,48 @@
+"""Blocks of a study that were run elsewhere, merged, are the study run in one go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convergent import cli
+from convergent.cli import main
+from small_study import small_study, write_study
+from tiny import tiny_model
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "parallel_study.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tables(folder: Path) -> dict[str, str]:
+    return {f.name: f.read_text() for f in sorted((folder / "tables").iterdir())}
+
+
+def test_jobs_side_by_side_give_what_one_run_gives(tmp_path: Path) -> None:
+    study = write_study(tmp_path, small_study(tiny_model()))
+    assert main(["run", str(study), "--out", str(tmp_path / "one")]) == 0
+    done = subprocess.run([sys.executable, str(SCRIPT), str(study), "--out", str(tmp_path / "many"), "--jobs", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout and "training 3 organisms" in done.stdout and "merged only-1: 0 rows" not in done.stdout
+    assert tables(tmp_path / "many") == tables(tmp_path / "one")
+    assert json.loads((tmp_path / "many" / "claims.json").read_text()) == json.loads((tmp_path / "one" / "claims.json").read_text())
+    assert not (tmp_path / "many.jobs").exists()
+
+
+def test_only_folders_of_one_study_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = small_study(tiny_model())
+    for name, seed in (("a", 0), ("b", 1)):
+        path = write_study(tmp_path / name, {**study, "seed": seed, "experiments": {"plain": {}}, "organisms": {"A": study["organisms"]["A"]}})
+        assert cli.main(["run", str(path), "--out", str(tmp_path / name / "out")]) == 0
+    capsys.readouterr()
+    assert cli.main(["merge", str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")]) == 2
+    assert "another study than" in (said := capsys.readouterr().err) and "(seed differs)" in said and said.count("\n") == 1
+    assert cli.main(["merge", str(tmp_path / "a" / "out"), str(tmp_path / "c")]) == 2
+    assert "not a study folder" in capsys.readouterr().err
+    assert cli.main(["merge", str(tmp_path / "new"), str(tmp_path / "a" / "out")]) == 0
+    assert cli.main(["run", str(tmp_path / "a" / "study.yaml"), "--out", str(tmp_path / "new")]) == 0
+    assert "nothing is left to do but the report" in capsys.readouterr().out
