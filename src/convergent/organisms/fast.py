@@ -146,7 +146,8 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
         def keep(x: Tensor) -> Tensor:
             if (storage := x.untyped_storage()).data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return x
+            # Not x: where x is what a step of the graph gave, the two would hold each other, and with them the model, for good.
+            return x.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             got = hidden_states(body, layout)
