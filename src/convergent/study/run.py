@@ -99,13 +99,7 @@ class Run(Setup):
         """The chat model or an organism, loaded; at most one organism is kept beside the chat model, and with `alone` nothing beside it."""
         if not self.compute:
             raise NotDoneError(organism)
-        others = [n for n in self._models if n != organism and (alone or "chat" not in (n, organism))]
-        for other in others:
-            del self._models[other]
-        if others:
-            if self._effects is not None and self._effects.model not in self._models.values():
-                self._effects = None
-            _give_memory_back()
+        self._let_go([n for n in self._models if n != organism and (alone or "chat" not in (n, organism))])
         if organism not in self._models:
             if organism == "chat":
                 made = load_base(self.spec.base, self.dtype, self.spec.device)
@@ -113,6 +107,16 @@ class Run(Setup):
                 made = load_organism(self.organisms[organism].folder, base=self.spec.base, dtype=self.dtype, name=organism)
             self._models[organism] = made
         return self._models[organism]
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        """Free loaded models, with the effects that were measured in them."""
+        if not names:
+            return
+        for name in names:
+            del self._models[name]
+        if self._effects is not None and self._effects.model not in self._models.values():
+            self._effects = None
+        _give_memory_back()
 
     # Stages
 
@@ -164,7 +168,7 @@ class Run(Setup):
             mine = [(r, block) for o, r, block in absent if o == organism]
             blocks = {r.id: block for r, block in mine}
             with self._timed("sample"):
-                model = self.model(organism, alone=True)
+                self.model(organism, alone=True)  # not bound here: it would stay while the next one is loaded
 
                 def keep(response: Response, organism: str = organism, blocks: dict[str, str] = blocks) -> None:
                     nonlocal done
@@ -173,7 +177,7 @@ class Run(Setup):
                     self.advance("sample", done, len(by_id), organism)
 
                 before, start = self.tally.tokens, time.perf_counter()
-                sample(model, [r for r, _ in mine], keep, self.spec.sampling.rows, self.tally)
+                sample(self.model(organism), [r for r, _ in mine], keep, self.spec.sampling.rows, self.tally)
                 speed = (self.tally.tokens - before) / (time.perf_counter() - start)
             n_conditions = len({r.condition.content_id for r, _ in mine})
             self.say(f"sample  {organism}: {len(mine)} answers under {n_conditions} condition(s), {speed:.0f} tokens/s")
@@ -193,8 +197,7 @@ class Run(Setup):
         total = len(rubrics) * sum(len(g) for g in open_groups)
         done = 0
         if total:  # a judge on this machine needs the room
-            self._models.clear()
-            _give_memory_back()
+            self._let_go(list(self._models))
 
         def keep(j: Judgement) -> None:
             nonlocal done
@@ -359,7 +362,7 @@ class Run(Setup):
         if not again.is_dir() or read_steps(again, spacing) is None:
             if not self.compute:
                 raise NotDoneError(organism)
-            self._models.clear()
+            self._let_go(list(self._models))
             if again.is_dir():  # of another spacing
                 shutil.rmtree(again)
             self.say(f"train   {organism} again, its steps were not kept")
@@ -584,10 +587,9 @@ class Run(Setup):
         for organism in dict.fromkeys(o for o, _ in absent.values()):
             mine = {i: c for i, (o, c) in absent.items() if o == organism}
             with self._timed("margin"):
-                model = self.model(organism, alone=True)
                 only = {(n, k) for n, i in enumerate(mine) for k in lacking[i]}
                 asked = [c.interventions for c in mine.values()]
-                margins(model, self.pairs, asked, read=(self.direction, self.layer), only=only, on_margin=partial(keep, list(mine)))
+                margins(self.model(organism, alone=True), self.pairs, asked, read=(self.direction, self.layer), only=only, on_margin=partial(keep, list(mine)))
             self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")
 
     def conditions(self) -> list[tuple[Arm, Condition]]:
