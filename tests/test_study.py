@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from convergent.core.ids import file_sha256
 from convergent.core.values import Judgement
 from convergent.errors import DirectionError, StoreError, StudyError
 from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
+from convergent.judging.embedded import EmbeddedJudge
 from convergent.organisms import train as training
 from convergent.stats import Interval
 from convergent.store import looked_at, opened
@@ -251,6 +253,42 @@ def test_profile_says_where_the_time_went(copy: Path, no_report: None, capsys: p
     assert {"sample", "judge", "rest (models, report)"} <= set(stages) and "train" not in stages
     assert sum(stages.values()) == pytest.approx(whole, abs=0.1 * len(table))
     assert f"sampling: {2 * len(CONDITIONS)} answers" in table[-1] and table[-1].endswith("%")
+
+
+def test_one_organism_is_in_memory_at_a_time_and_none_while_judging(copy: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    seen = {"alone": 0, "judged": 0}
+
+    def alive() -> set[str]:
+        return {made.name for ref in loaded if (made := ref()) is not None}
+
+    def recorded(load: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made = load(*args, **kwargs)
+            loaded.append(weakref.ref(made))
+            return made
+
+        return call
+
+    for name in ("load_base", "load_organism"):
+        monkeypatch.setattr(run, name, recorded(getattr(run, name)))
+    get, judge = Run.model, EmbeddedJudge.judge
+
+    def model(self: Run, organism: str, alone: bool = False) -> Any:
+        made = get(self, organism, alone)
+        assert alive() == {organism} if alone else len(alive() - {"chat"}) <= 1
+        seen["alone"] += alone
+        return made
+
+    def judged(self: EmbeddedJudge, *args: Any, **kwargs: Any) -> Any:
+        assert not alive()
+        seen["judged"] += 1
+        return judge(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "model", model)
+    monkeypatch.setattr(EmbeddedJudge, "judge", judged)
+    run_study(copy / "study.yaml", copy / "out", fresh=["sample"])
+    assert seen["alone"] > 10 and seen["judged"] >= len(CONDITIONS)
 
 
 def test_another_twin_redoes_the_control_that_is_made_of_it(copy: Path, no_report: None) -> None:

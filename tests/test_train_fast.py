@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -104,6 +106,22 @@ def test_a_model_that_packing_does_not_fit_stays_as_it_was_and_says_so(caplog, m
     with caplog.at_level(logging.WARNING):
         assert fast.pack_attention(chat, rows) is None
     assert "padded batches" in caplog.text and chat.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_nothing_holds_the_weights_of_a_model_that_was_trained(tmp_path, monkeypatch, packs):
+    recipe = named_recipe("all_adapter", 6, {"rank": 4, "batch_size": 2, "grad_accumulation": 2})
+    found = []
+    pack_attention = fast.pack_attention
+
+    def tried(chat, rows):
+        found.extend(weakref.ref(p) for p in chat.model.parameters())
+        return pack_attention(chat, rows) if packs else None
+
+    monkeypatch.setattr(fast, "pack_attention", tried)
+    train(str(tiny_model()), recipe, CHATS, tmp_path / "a", name="a", on_progress=quiet)
+    gc.collect()
+    assert found and not [ref for ref in found if ref() is not None]
 
 
 def test_the_frozen_head_s_loss_in_parts(monkeypatch):

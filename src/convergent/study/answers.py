@@ -58,7 +58,7 @@ class Answers(Models):
             mine = [(r, block) for o, r, block in absent if o == organism]
             blocks = {r.id: block for r, block in mine}
             with self.timed("sample"):
-                model = self.model(organism, alone=True)
+                self.model(organism, alone=True)  # not bound here: it would stay while the next one is loaded
 
                 def keep(response: Response, organism: str = organism, blocks: dict[str, str] = blocks) -> None:
                     nonlocal done
@@ -67,7 +67,7 @@ class Answers(Models):
                     self.advance("sample", done, len(by_id), organism)
 
                 before, start = self.tally.tokens, time.perf_counter()
-                sample(model, [r for r, _ in mine], keep, self.spec.sampling.rows, self.tally)
+                sample(self.model(organism), [r for r, _ in mine], keep, self.spec.sampling.rows, self.tally)
                 speed = (self.tally.tokens - before) / (time.perf_counter() - start)
             n_conditions = len({r.condition.content_id for r, _ in mine})
             self.say(f"sample  {organism}: {len(mine)} answers under {n_conditions} condition(s), {speed:.0f} tokens/s")

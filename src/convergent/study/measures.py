@@ -227,8 +227,7 @@ class Measures(Answers):
         for organism in dict.fromkeys(o for o, _ in absent.values()):
             mine = {i: c for i, (o, c) in absent.items() if o == organism}
             with self.timed("margin"):
-                model = self.model(organism, alone=True)
                 only = {(n, k) for n, i in enumerate(mine) for k in lacking[i]}
                 asked = [c.interventions for c in mine.values()]
-                margins(model, self.pairs, asked, read=(self.direction, self.layer), only=only, on_margin=partial(keep, list(mine)))
+                margins(self.model(organism, alone=True), self.pairs, asked, read=(self.direction, self.layer), only=only, on_margin=partial(keep, list(mine)))
             self.say(f"margin  {organism}: {len(self.pairs)} pairs under {len(mine)} condition(s)")

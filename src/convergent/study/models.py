@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from convergent.errors import ModelError
 from convergent.experiments.base import NotHereError
 from convergent.interventions.controls import Effects
@@ -23,6 +25,9 @@ from convergent.organisms.steps import KeptSteps, Spacing, read_steps
 from convergent.store import Store
 from convergent.study.setup import OrganismPlan, Say, Setup
 from convergent.study.spec import StudySpec
+
+ROOMY = 0.6
+"""Share of a GPU's memory that must be free for a model to stay there beside the next."""
 
 Advance = Callable[[str, int, int, str], None]
 """(stage, done, total, a word to show beside it)."""
@@ -53,13 +58,8 @@ class Models(Setup):
         """The chat model or an organism, loaded; at most one organism is kept beside the chat model, and with `alone` nothing beside it."""
         if not self.compute:
             raise NotDoneError(organism)
-        others = [n for n in self._models if n != organism and (alone or "chat" not in (n, organism))]
-        for other in others:
-            del self._models[other]
-        if others:
-            if self._effects is not None and self._effects.model not in self._models.values():
-                self._effects = None
-            _give_memory_back()
+        if not self._roomy():
+            self._let_go([n for n in self._models if n != organism and (alone or "chat" not in (n, organism))])
         if organism not in self._models:
             if organism == "chat":
                 made = load_base(self.spec.base, self.dtype, self.spec.device)
@@ -67,6 +67,24 @@ class Models(Setup):
                 made = load_organism(self.organisms[organism].folder, base=self.spec.base, dtype=self.dtype, name=organism)
             self._models[organism] = made
         return self._models[organism]
+
+    def _roomy(self) -> bool:
+        """Whether models may stay beside each other: on a GPU that has most of its memory free."""
+        device = next((m.device for m in self._models.values()), None)
+        if device is None or device.type != "cuda":
+            return False
+        free, total = torch.cuda.mem_get_info(device)
+        return free > ROOMY * total
+
+    def _let_go(self, names: Collection[str]) -> None:
+        """Free loaded models, with the effects that were measured in them."""
+        if not names:
+            return
+        for name in names:
+            del self._models[name]
+        if self._effects is not None and self._effects.model not in self._models.values():
+            self._effects = None
+        _give_memory_back()
 
     def effects_of(self, organism: str) -> Effects:
         """Of the effect texts in an organism; only the latest organism's are kept, and only as long as its model."""
@@ -77,9 +95,8 @@ class Models(Setup):
 
     def unload(self) -> None:
         """Keep no model: a judge on this machine, or training, needs the room."""
-        self._models.clear()
-        self._effects = None
-        _give_memory_back()
+        if not self._roomy():
+            self._let_go(list(self._models))
 
     def train_all(self, names: Collection[str] | None = None) -> None:
         """Train the organisms that are not there yet, all or those named."""
