@@ -29,8 +29,8 @@ ATTENTION = "convergent_packed"
 CHUNK = 1 << 25
 """Logits that are held at once: 128 MiB in float32."""
 KEPT = 1 << 30
-"""Bytes of activations up to which the passes of one step are made in one. Twice as much brings the embedded model's steps nothing, half as much
-makes them 15 % slower; the allocator takes about half as much again, as sizes change from step to step."""
+"""Bytes of activations up to which the passes of one step are made in one. With twice as much, steps of the embedded model are about 3 % faster and
+training peaks at 3.5 GB instead of 2.2; with half as much they are some 15 % slower. The allocator takes about half as much again."""
 _log = logging.getLogger(__name__)
 
 
