@@ -27,7 +27,21 @@ from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Intervention, Site
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
-from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Claim, Control, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import (
+    CLAIMED_SIDE,
+    CONTROL_LABELS,
+    CONTROLS,
+    NEW_DRAW,
+    Arm,
+    Claim,
+    Control,
+    DrawsNulls,
+    Kit,
+    NotHereError,
+    Outcomes,
+    Reading,
+)  # fmt: skip
+from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.scene import Scene
 
 Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
@@ -42,7 +56,7 @@ COST_MARGIN = math.log(1.05)
 """Rise of the loss on neutral text, nats per token, up to which an ablation counts as costing nothing: a perplexity 5 % higher."""
 
 
-class AblateBlock(Block):
+class AblateBlock(DrawsNulls):
     """Settings of `ablate`."""
 
     modes: tuple[Mode, ...] = Field(default=("layerwise", "single", "without_massive"), min_length=1)
@@ -121,7 +135,7 @@ def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
             Arm(
                 arm, source, f"{source}, ablated: {CONTROL_LABELS[kind]}{where_zero}",
                 f"{source} with a null in place of the direction, same site and layers: {CONTROL_LABELS[kind]}{where_zero}.", "ablation", "control",
-                null(kind, source, _made(mode, block.site, block, scene)),
+                null(kind, source, _made(mode, block.site, block, scene)), redraw=redraw(kind, source, _made(mode, block.site, block, scene)),
             )
             for kind, arm in block.nulls(source, mode).items()
         ]  # fmt: skip
@@ -129,15 +143,15 @@ def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
 
 
 def readings(block: AblateBlock, scene: Scene) -> list[Reading]:
-    """The loss on neutral text of the organism, and under every arm."""
+    """The loss on neutral text of the organism, and under every arm; the margin under further draws of its nulls."""
     mine = arms(block, scene)
 
     def built_arms(kit: Kit) -> dict[str, tuple[Intervention, ...]]:
-        found = {}
+        built = {}
         for arm in mine:
             with suppress(NotHereError):
-                found[arm.name] = arm.build(kit)
-        return found
+                built[arm.name] = arm.build(kit)
+        return built
 
     def inputs(kit: Kit) -> str:
         return content_id(kit.model_id(scene.source), neutral_passages(), {name: list(i) for name, i in built_arms(kit).items()})
@@ -147,7 +161,8 @@ def readings(block: AblateBlock, scene: Scene) -> list[Reading]:
         losses = passage_losses(kit.model(scene.source), neutral_passages(), list(built.values()))
         return dict(zip(built, losses, strict=True))
 
-    return [Reading("ablate/cost", inputs, compute, organisms=(scene.source,), tokens=900.0 * (len(mine) + 1))]
+    found = Reading("ablate/cost", inputs, compute, organisms=(scene.source,), tokens=900.0 * (len(mine) + 1))
+    return [found, *further_draws(name, mine, block.null_draws)]
 
 
 def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
@@ -178,7 +193,7 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 f"Projecting the direction out of {source} ({WORDS[mode]}{', from every write' if site == 'all_writes' else ''}) "
                 "restores alignment, more than any null does",
                 "paper section 3.4",
-                "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
+                f"{CLAIMED_SIDE}; coherence is shown beside them and does not decide{NEW_DRAW}",
                 comparisons,
                 paper=f"ablation-{mode}" if mode in ("layerwise", "single") and site == "block_output" else "",  # the paper's own
             )

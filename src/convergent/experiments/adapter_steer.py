@@ -10,7 +10,7 @@ rotation, at the same norm and matched in effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import pandas as pd
@@ -20,13 +20,15 @@ from pydantic import Field
 from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
 from convergent.core.direction import Direction
+from convergent.core.ids import seed
 from convergent.core.interventions import Add, Intervention
 from convergent.directions.knockout import knockouts
 from convergent.directions.scalar_probes import members
 from convergent.directions.scalars import labels, mean_scalars
 from convergent.errors import DataError
 from convergent.experiments.arms import write_organism
-from convergent.experiments.base import Arm, Block, Build, Claim, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import CLAIMED_SIDE, NEW_DRAW, Arm, Build, Claim, DrawsNulls, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.draws import further_draws
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import rotated
 from convergent.interventions.hooks import linear_of
@@ -40,7 +42,7 @@ Null = Literal["rotated", "effect_matched"]
 NULLS = {"rotated": "the same vectors turned at random, same norm", "effect_matched": "turned at random, matched in effect (KL)"}
 
 
-class AdapterSteerBlock(Block):
+class AdapterSteerBlock(DrawsNulls):
     """Settings of `adapter_steer`."""
 
     organism: str | None = None
@@ -141,14 +143,18 @@ def _pushed(block: AdapterSteerBlock, organism: str, which: str, dose: float) ->
     return build
 
 
-def _null(block: AdapterSteerBlock, organism: str, which: str, kind: Null) -> Build:
-    def build(kit: Kit) -> tuple[Intervention, ...]:
+def _null(block: AdapterSteerBlock, organism: str, which: str, kind: Null) -> Callable[[Kit, int], tuple[Intervention, ...]]:
+    def made(kit: Kit, draw: int) -> tuple[Intervention, ...]:
         real = push(kit, block, organism, which, block.at)
-        turned = rotated(real[0].direction, kit.seed, 0 if kind == "rotated" else 1)
+        turned = rotated(real[0].direction, seed(kit.seed, "draw", draw) if draw else kit.seed, 0 if kind == "rotated" else 1)
         null = tuple(Add(turned, a.layer, a.scale) for a in real)
         return null if kind == "rotated" else kit.matched("chat", real, null)
 
-    return build
+    return made
+
+
+def _first(made: Callable[[Kit, int], tuple[Intervention, ...]]) -> Build:
+    return lambda kit: made(kit, 0)
 
 
 def _knocked(organism: str, rank: int) -> Build:
@@ -193,11 +199,12 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
         )  # fmt: skip
     for which in _controlled(sets):
         for kind in dict.fromkeys(block.controls):
+            made = _null(block, organism, which, kind)
             found.append(
                 Arm(
                     f"chat/push-{which}-{kind}", "chat", f"Chat model + null of that push ({sets[which]}): {NULLS[kind]}",
                     f"Chat model with a null of the push by {sets[which]} of {organism}, dose {block.at:g}: {NULLS[kind]}.",
-                    "adapters", "control", _null(block, organism, which, kind), block.at, rubrics=rubrics,
+                    "adapters", "control", _first(made), block.at, rubrics=rubrics, redraw=made,
                 )
             )  # fmt: skip
     if block.knock_out != "none":
@@ -223,7 +230,7 @@ def _controlled(sets: Mapping[str, str]) -> list[str]:
 
 
 def readings(block: AdapterSteerBlock, scene: Scene) -> list[Reading]:
-    """What each adapter writes on average, and what each knock-out does."""
+    """What each adapter writes on average, and what each knock-out does; margins under further draws of the nulls."""
     organism = write_organism(scene, block.organism)
 
     def classes(kit: Kit) -> list[Any]:
@@ -266,7 +273,7 @@ def readings(block: AdapterSteerBlock, scene: Scene) -> list[Reading]:
                 knockout, organisms=(organism,), tokens=conditions * (2 * block.margin_pairs + 8) * 70.0,
             )
         )  # fmt: skip
-    return found
+    return [*found, *further_draws(name, arms(block, scene), block.null_draws)]
 
 
 def _paired(block: AdapterSteerBlock, n: int) -> bool:
@@ -301,7 +308,7 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
                 f"A constant push along the vectors of {sets[which]} of {organism} lowers the chat model's alignment, more than its nulls do (published: "
                 "pushes by six general adapters, 52 % misaligned)",
                 "paper section 4.3",
-                "every listed difference has its 95 % interval on the claimed side of 0",
+                CLAIMED_SIDE + NEW_DRAW,
                 comparisons, paper="adapter-steering",
             )
         )

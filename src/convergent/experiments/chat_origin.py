@@ -29,7 +29,22 @@ from convergent.directions import geometry
 from convergent.directions.contrast import answered, contrast, prompt_pairs, prompted
 from convergent.directions.extract import null_cosine
 from convergent.errors import ModelError
-from convergent.experiments.base import Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, absent, evidence
+from convergent.experiments.base import (
+    CLAIMED_SIDE,
+    NEW_DRAW,
+    Arm,
+    Build,
+    Claim,
+    DrawsNulls,
+    Evidence,
+    Kit,
+    NotHereError,
+    Outcomes,
+    Reading,
+    absent,
+    evidence,
+)  # fmt: skip
+from convergent.experiments.draws import further_draws
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import random_like
 from convergent.models.texts import Text
@@ -46,7 +61,7 @@ DRAWS = 199
 """Scrambled labels of the organism's answers."""
 
 
-class ChatOriginBlock(Block):
+class ChatOriginBlock(DrawsNulls):
     """Settings of `chat_origin`."""
 
     directions: tuple[Kind, ...] = Field(default=("prompts", "pairs"), min_length=1)
@@ -75,7 +90,7 @@ def readings(block: ChatOriginBlock, scene: Scene) -> list[Reading]:
         if scene.organisms[o].trained_here and o in heads.values():
             found.append(Reading(f"chat_origin/data/{o}", _data_inputs(o, block, kinds), _data(o, block, kinds), "before", ("chat",), 5e3))
         found.append(Reading(f"chat_origin/organism/{o}", _after_inputs(o, kinds), _after(o, kinds), organisms=(o,), tokens=4e3))
-    return found
+    return [*found, *further_draws(name, arms(block, scene), block.null_draws)]
 
 
 def _heads(scene: Scene) -> dict[str, str]:
@@ -135,10 +150,10 @@ def unpacked(value: dict[str, Any]) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(value["float32"]), "<f4").reshape(value["shape"]).astype(np.float32))
 
 
-def origin(kit: Kit, kind: str) -> Direction:
-    """A direction of the chat model as it was fixed before training; "random" is one with the norms of the topic direction."""
+def origin(kit: Kit, kind: str, draw: int = 0) -> Direction:
+    """A direction of the chat model as it was fixed before training; "random" is one with the norms of the topic direction, in that draw."""
     if kind == "random":
-        return random_like(origin(kit, "topic"), seed(kit.seed, "chat_origin"))
+        return random_like(origin(kit, "topic"), seed(kit.seed, "chat_origin"), draw)
     return Direction(unpacked(kit.value(f"chat_origin/{kind}")["vectors"]), {"kind": f"chat_origin {kind}"})
 
 
@@ -261,7 +276,12 @@ def arms(block: ChatOriginBlock, scene: Scene) -> list[Arm]:
         for kind in (*dict.fromkeys(block.directions), *NULLS):
             role: Role = "control" if kind in NULLS else "real"
             text = f"Organism {o} with a direction of the untouched chat model projected out at every block's output: {LABELS[kind]}."
-            found.append(Arm(_arm(o, kind), o, f"{o}, chat model's direction ablated: {LABELS[kind]}", text, "chat origin", role, _ablated(kind, block)))
+            found.append(
+                Arm(
+                    _arm(o, kind), o, f"{o}, chat model's direction ablated: {LABELS[kind]}", text, "chat origin", role, _ablated(kind, block),
+                    redraw=_redrawn(kind, block) if kind == "random" else None,
+                )
+            )  # fmt: skip
     return found
 
 
@@ -270,10 +290,15 @@ def _arm(organism: str, kind: str) -> str:
 
 
 def _ablated(kind: str, block: ChatOriginBlock) -> Build:
-    def build(kit: Kit) -> tuple[Intervention, ...]:
-        return (Ablate(origin(kit, kind), vector_layer=None if block.mode == "layerwise" else kit.layer),)
+    made = _redrawn(kind, block)
+    return lambda kit: made(kit, 0)
 
-    return build
+
+def _redrawn(kind: str, block: ChatOriginBlock) -> Callable[[Kit, int], tuple[Intervention, ...]]:
+    def made(kit: Kit, draw: int) -> tuple[Intervention, ...]:
+        return (Ablate(origin(kit, kind, draw), vector_layer=None if block.mode == "layerwise" else kit.layer),)
+
+    return made
 
 
 # What the data say
@@ -323,7 +348,7 @@ def claims(block: ChatOriginBlock, outcomes: Outcomes, scene: Scene) -> list[Cla
                     f"A direction that is read in the chat model alone ({LABELS[kind]}), projected out of {o}, restores its alignment, more than a topic "
                     "direction or a random one does",
                     "not claimed by the paper; asked by later work",
-                    "every listed difference has its 95 % interval on the claimed side of 0",
+                    CLAIMED_SIDE + NEW_DRAW,
                     compared,
                 )
             )

@@ -25,7 +25,7 @@ from convergent.core.interventions import Add, Intervention
 from convergent.directions.classes import Classes, Scored, choose
 from convergent.directions.per_answer import along, per_answer
 from convergent.directions.topics import Labelled, at_layer, measure, topic_rows
-from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import CLAIMED_SIDE, CONTROL_LABELS, Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
 from convergent.experiments.scene import Scene
 from convergent.rates import COHERENT_ABOVE
 
@@ -42,7 +42,7 @@ RAISED = {
     "gender": " (published: gender score 98 and more)",
 }
 SOURCE = "paper section 3.3"
-CLAIMED_SIDE = "every listed difference has its 95 % interval on the claimed side of 0"
+ONE_DRAW = f"{CLAIMED_SIDE}; random vectors are one draw each, as each costs sampled answers: another draw could do more"
 
 
 class SemanticBlock(Block):
@@ -273,7 +273,7 @@ def claims(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
             Claim(
                 f"semantic/steering/{topic}",
                 f"Adding the direction read inside {topic} answers to the chat model brings the topic up, more than nulls do{RAISED.get(topic, '')}",
-                SOURCE, CLAIMED_SIDE, comparisons,
+                SOURCE, ONE_DRAW, comparisons,
             )
         )  # fmt: skip
         split = [
@@ -288,7 +288,7 @@ def claims(block: SemanticBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
             Claim(
                 f"semantic/rest/{topic}",
                 f"Of the direction inside {topic} answers, what is not along the general direction carries the topic, and the rest of it the misalignment",
-                "a control the paper lacks", CLAIMED_SIDE, split,
+                "a control the paper lacks", ONE_DRAW, split,
             )
         )  # fmt: skip
     return found

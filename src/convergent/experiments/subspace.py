@@ -48,8 +48,8 @@ class SubspaceBlock(Block):
     control_ks: tuple[int, ...] = (1, 2, 4, 8)
     """Where the nulls are measured, among `ks`; the largest that was measured always is."""
     controls: tuple[Null, ...] = ("random", "within", "chat")
-    draws: int = Field(default=2, ge=1)
-    """Random subspaces."""
+    draws: int = Field(default=5, ge=stats.FEWEST_DRAWS)
+    """Random subspaces, whose margins the claims are held against; one of them is sampled."""
     mode: Literal["single", "layerwise"] = "single"
     """single: the primary layer's basis at every block; layerwise: each block its own."""
     site: Site = "block_output"
@@ -259,8 +259,20 @@ def _share(kit: Kit, organism: str, made: dict[str, list[torch.Tensor]], layer: 
 
 def _mean_of(value: dict[str, Any], basis: str, k: int, what: str) -> np.ndarray | None:
     """Per pair or text, (n,); for random subspaces the mean over draws. None if it was not measured."""
-    found = [v[what] for c, v in value["conditions"].items() if c.rpartition("/")[2] == str(k) and c.rpartition("/")[0].partition("-")[0] == basis]
+    found = _draws_of(value, basis, k, what)
     return np.mean(found, axis=0) if found else None
+
+
+def _draws_of(value: dict[str, Any], basis: str, k: int, what: str) -> list[list[float]]:
+    """Per draw of a random subspace, or once for any other basis, the values per pair or text."""
+    return [v[what] for c, v in value["conditions"].items() if c.rpartition("/")[2] == str(k) and c.rpartition("/")[0].partition("-")[0] == basis]
+
+
+def _beside(text: str, a: np.ndarray, draws: list[list[float]], pairs: Sequence[str]) -> Evidence:
+    """Margins minus those under a null, claimed to be below 0; against one more draw of a random one."""
+    if len(draws) == 1:
+        return evidence(text, _difference(a, np.array(draws[0]), pairs), "nats per token", -1)
+    return evidence(f"{text}, against a new draw ({len(draws)} drawn)", stats.draws_difference(a, draws, pairs, pairs), "nats per token", -1)
 
 
 def _difference(a: np.ndarray, b: np.ndarray, labels: Sequence[str]) -> stats.Interval:
@@ -307,9 +319,9 @@ def _more(block: SubspaceBlock, outcomes: Outcomes, value: dict[str, Any], o: st
         found.append(evidence(f"margin, {here}, minus {o} (below 0 claimed)", _difference(y[-1], clean, pairs), "nats per token", -1))
         nulls = [n for n in NULLS if n in block.controls] if basis == "others" else ["random"]
         for null in nulls:
-            z = _mean_of(value, null, most, "margin")
-            if z is not None:
-                found.append(evidence(f"margin, {here}, minus {NULLS[null]} (below 0 claimed)", _difference(y[-1], z, pairs), "nats per token", -1))
+            z = _draws_of(value, null, most, "margin")
+            if z:
+                found.append(_beside(f"margin, {here}, minus {NULLS[null]} (below 0 claimed)", y[-1], z, pairs))
         far = _mean_of(value, basis, most, "to_chat")
         assert far is not None, "measured with the margin"
         away = _difference(far, np.array(value["clean"]["to_chat"]), value["texts"])
@@ -329,9 +341,9 @@ def _one(block: SubspaceBlock, value: dict[str, Any], o: str, ks: Sequence[int])
     first, last = _mean_of(value, "others", ks[0], "margin"), _mean_of(value, "others", ks[-1], "margin")
     assert first is not None and last is not None, "ks are those measured"
     found = [evidence(f"margin, k = {ks[0]}, minus {o} (below 0 claimed)", _difference(first, clean, pairs), "nats per token", -1)]
-    random = _mean_of(value, "random", ks[0], "margin")
-    if random is not None:
-        found.append(evidence(f"margin, k = {ks[0]}, minus random (below 0 claimed)", _difference(first, random, pairs), "nats per token", -1))
+    random = _draws_of(value, "random", ks[0], "margin")
+    if random:
+        found.append(_beside(f"margin, k = {ks[0]}, minus random (below 0 claimed)", first, random, pairs))
     test = stats.equivalence(last, first, pairs, pairs, block.same)
     d = test.difference
     outside = d.defined and (d.low >= block.same or d.high <= -block.same)
