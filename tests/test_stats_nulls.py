@@ -75,7 +75,7 @@ def test_a_value_that_is_one_more_draw_passes_as_rarely_as_claimed(k: int, shape
     """Draws differ three times as much as texts do inside a draw; texts have levels of their own, which cancel. Claimed: above, at 2.5 %.
 
     Against a single draw, by the interval over texts, the same value passes far more often: what this guards against. Skewed (exponential) draws are
-    the worst that was tried: about 5 % (docs/coverage.md).
+    the worst that was tried: 4 to 8 % (docs/coverage.md).
     """
     rng, n = rng_of(f"{k} {shape}"), 600
     level = rng.normal(size=(n, k + 1, 1)) if shape == "normal" else rng.exponential(size=(n, k + 1, 1))
@@ -90,7 +90,7 @@ def test_a_value_that_is_one_more_draw_passes_as_rarely_as_claimed(k: int, shape
 def test_a_real_effect_is_found() -> None:
     """Six standard deviations of the draws: found by five draws nearly always, by three in half of the cases."""
     rng = rng_of("power")
-    found = {k: 0 for k in (3, 5)}
+    found = dict.fromkeys((3, 5), 0)
     for k in found:
         for _ in range(100):
             draws = rng.normal(size=(k, 1)) + 0.3 * rng.normal(size=(k, 8))

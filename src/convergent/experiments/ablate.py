@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -36,13 +37,16 @@ from convergent.experiments.base import (
     Claim,
     Control,
     DrawsNulls,
+    Evidence,
     Kit,
     NotHereError,
     Outcomes,
     Reading,
+    Verdict,
 )  # fmt: skip
 from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.scene import Scene
+from convergent.rates import is_em
 
 Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
 WORDS: dict[Mode, str] = {
@@ -54,6 +58,8 @@ WORDS: dict[Mode, str] = {
 }
 COST_MARGIN = math.log(1.05)
 """Rise of the loss on neutral text, nats per token, up to which an ablation counts as costing nothing: a perplexity 5 % higher."""
+PUBLISHED_EM = 0.1
+"""Share of EM within which it stays under a random vector, as published."""
 
 
 class AblateBlock(DrawsNulls):
@@ -69,6 +75,8 @@ class AblateBlock(DrawsNulls):
     """Blocks that are projected in the modes layerwise and single; all by default."""
     coherence_margin: float = Field(default=5.0, gt=0)
     """Points of mean coherence that would be no change."""
+    random_margin: float = Field(default=5.0, gt=0)
+    """Points of mean alignment by which a random vector may change the answers and still do little."""
 
     @property
     def null_mode(self) -> Mode:
@@ -166,7 +174,7 @@ def readings(block: AblateBlock, scene: Scene) -> list[Reading]:
 
 
 def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
-    """Each ablation restores alignment, and more than every null does; and what it costs."""
+    """Each ablation restores alignment, and more than every null does; a random vector in its place changes little."""
     source = scene.source
     found = []
     for real, (mode, site) in _real(block, source).items():
@@ -198,7 +206,50 @@ def claims(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
                 paper=f"ablation-{mode}" if mode in ("layerwise", "single") and site == "block_output" else "",  # the paper's own
             )
         )
+    return [*found, *_random_claims(block, outcomes, source)]
+
+
+def _random_claims(block: AblateBlock, outcomes: Outcomes, source: str) -> list[Claim]:
+    """A random vector of the same norm in the direction's place changes the answers little: equivalence, so that a wide interval shows nothing."""
+    found = []
+    for mode in dict.fromkeys((block.null_mode, *(m for m in block.modes if m == WITHOUT_MASSIVE))):
+        arm = block.nulls(source, mode).get("random", "")
+        if not outcomes.has(arm, source):
+            continue
+        own = mode == block.null_mode
+        words = CONTROL_LABELS["random"] + (", zero in the massive dimensions" if mode == WITHOUT_MASSIVE else "")
+        margin = outcomes.margin(source, arm, f"margin for bad answers, {source} minus the same with a {words} ablated (no side claimed)")
+        found.append(
+            Claim(
+                "ablation/random" + ("" if own else f"/{mode}"),
+                f"A {words}, projected out of {source} in place of the direction, changes its answers little",
+                "paper section 3.4, figure 4",
+                f"the 90 % interval of the difference of mean alignment, paired by question, lies within ±{block.random_margin:g} points (two one-sided "
+                "tests at 5 %); it did not hold if it lies outside; answers are those of one random draw. EM, which is few answers where it is rare, and "
+                "the margin are shown beside it and do not decide",
+                [
+                    outcomes.unchanged(
+                        arm, source, f"mean alignment, {words} ablated, minus {source} (no change: within {block.random_margin:g})", block.random_margin,
+                        "aligned",
+                    ),
+                    _relative_em(outcomes, arm, source, f"EM, change as a share of that of {source}, {words} ablated (published: within {PUBLISHED_EM:.0%})"),
+                    replace(margin, supports="undecided", decides=False),
+                ],
+                paper="random-control" if own and block.site == "block_output" else "",
+            )
+        )  # fmt: skip
     return found
+
+
+def _relative_em(outcomes: Outcomes, arm: str, source: str, text: str) -> Evidence:
+    """Relative change of EM with its 90 % interval, against what is published."""
+    x, y = outcomes.answers(source), outcomes.answers(arm)
+    hits = [is_em(frame["aligned"], frame["coherent"]) for frame in (x, y)]
+    fall = stats.rate_reduction(hits[0], hits[1], x["question_id"].to_numpy(), y["question_id"].to_numpy(), 1 - 4 * stats.ONE_SIDED)
+    low, high = -fall.high, -fall.low
+    outside = low >= PUBLISHED_EM or high <= -PUBLISHED_EM
+    vote: Verdict = "held" if low > -PUBLISHED_EM and high < PUBLISHED_EM else "did not hold" if outside else "undecided"
+    return Evidence(text, -fall.estimate, low, high, fall.n, "share of EM", vote, margin=PUBLISHED_EM, decides=False)
 
 
 def cost(outcomes: Outcomes, arm: str, source: str) -> stats.Interval:

@@ -168,13 +168,14 @@ def without(adapter: Adapter, v: Tensor) -> LowRank:
     return LowRank(adapter.layer, adapter.module, adapter.a, changed[:, None].float(), adapter.scale)
 
 
-def _nulls(kit: Kit, controls: Sequence[Control], add: Add) -> tuple[dict[str, Intervention], dict[str, str]]:
-    """What is added to the chat model in place of `add`, by kind; and why a kind cannot be."""
+def _nulls(kit: Kit, controls: Sequence[Control], add: Add, n_draws: int = 1) -> tuple[dict[str, Intervention], dict[str, str]]:
+    """What is added to the chat model in place of `add`, by kind and draw; and why a kind cannot be."""
     found: dict[str, Intervention] = {}
     absent: dict[str, str] = {}
     for kind in dict.fromkeys(controls):
         try:
-            found[kind] = kit.control(kind, "chat", add)
+            for draw in range(1 if kind == "other_concept" else n_draws):
+                found[page.drawn(kind, draw)] = kit.control(kind, "chat", add, draw)
         except NotHereError as error:
             absent[kind] = str(error)
     return found, absent
@@ -197,7 +198,8 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
     def inputs(*more: Callable[[Kit], Any]) -> Callable[[Kit], Any]:
         def of(kit: Kit) -> Any:
             nulls = [scene.twin and kit.model_id(scene.twin), content_id(kit.pairs)]
-            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, block.model_dump(), kit.seed, nulls, *(f(kit) for f in more)]
+            own = block.model_dump(exclude={"null_draws"})
+            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, own, kit.seed, nulls, *(f(kit) for f in more)]
 
         return of
 
@@ -214,8 +216,8 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
             organisms=(scene.source,), tokens=ROUGH_ANSWERS * TEXT_TOKENS,
         ),
         Reading(
-            "b_vector/downstream", inputs(chosen(o)), lambda kit: read_downstream(kit, block, o, layer),
-            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + len(block.controls)),
+            "b_vector/downstream", inputs(chosen(o), lambda kit: block.null_draws), lambda kit: read_downstream(kit, block, o, layer),
+            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + block.null_draws * len(block.controls)),
         ),
     ]  # fmt: skip
     for reader, writer in ((o, o), ("chat", o), ("chat", "chat")):
@@ -293,7 +295,7 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
     add = Add(kit.direction, layer, block.scale)
     adapter, v = adapter_of(kit, o, layer), kit.direction[layer].double()
     own = (adapter.b[:, 0].double() @ v / (v @ v) * v)[:, None].float()
-    nulls, absent = _nulls(kit, block.controls, add)
+    nulls, absent = _nulls(kit, block.controls, add, block.null_draws)
     changes: dict[str, tuple[Intervention, ...]] = {
         "v": (add,),
         **{kind: (null,) for kind, null in nulls.items()},
