@@ -64,6 +64,8 @@ class BVectorBlock(DrawsNulls):
     """Nulls that are added in place of v_L there."""
     random: int = Field(default=200, ge=1)
     """Random vectors beside cos(B, v_L)."""
+    downstream_random: int = Field(default=19, ge=19)
+    """Draws of each random one among them; v's change must be nearer than the nearest of theirs. For their number see `jacobian_random`."""
     texts: int = Field(default=32, ge=2)
     """Answers per class over which the downstream changes are averaged."""
     jacobian_texts: int = Field(default=16, ge=2)
@@ -168,7 +170,7 @@ def without(adapter: Adapter, v: Tensor) -> LowRank:
     return LowRank(adapter.layer, adapter.module, adapter.a, changed[:, None].float(), adapter.scale)
 
 
-def _nulls(kit: Kit, controls: Sequence[Control], add: Add, n_draws: int = 1) -> tuple[dict[str, Intervention], dict[str, str]]:
+def _nulls(kit: Kit, controls: Sequence[Control], add: Add, n_draws: int) -> tuple[dict[str, Intervention], dict[str, str]]:
     """What is added to the chat model in place of `add`, by kind and draw; and why a kind cannot be."""
     found: dict[str, Intervention] = {}
     absent: dict[str, str] = {}
@@ -216,8 +218,8 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
             organisms=(scene.source,), tokens=ROUGH_ANSWERS * TEXT_TOKENS,
         ),
         Reading(
-            "b_vector/downstream", inputs(chosen(o), lambda kit: block.null_draws), lambda kit: read_downstream(kit, block, o, layer),
-            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + block.null_draws * len(block.controls)),
+            "b_vector/downstream", inputs(chosen(o)), lambda kit: read_downstream(kit, block, o, layer),
+            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + block.downstream_random * len(block.controls)),
         ),
     ]  # fmt: skip
     for reader, writer in ((o, o), ("chat", o), ("chat", "chat")):
@@ -295,7 +297,7 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
     add = Add(kit.direction, layer, block.scale)
     adapter, v = adapter_of(kit, o, layer), kit.direction[layer].double()
     own = (adapter.b[:, 0].double() @ v / (v @ v) * v)[:, None].float()
-    nulls, absent = _nulls(kit, block.controls, add, block.null_draws)
+    nulls, absent = _nulls(kit, block.controls, add, block.downstream_random)
     changes: dict[str, tuple[Intervention, ...]] = {
         "v": (add,),
         **{kind: (null,) for kind, null in nulls.items()},
@@ -331,7 +333,7 @@ def read_jacobian(kit: Kit, block: BVectorBlock, o: str, layer: int, reader: str
     random = torch.randn(block.jacobian_random, len(v), generator=generator, dtype=torch.float64)
     names, pushes = ["v", "B"], [v, b]
     concept = tuple(kind for kind in block.controls if kind == "other_concept")
-    for null in _nulls(kit, concept, Add(kit.direction, layer))[0].values():
+    for null in _nulls(kit, concept, Add(kit.direction, layer), 1)[0].values():
         assert isinstance(null, Add)
         names, pushes = [*names, "other concept"], [*pushes, null.vector.double()]
     names += [f"random {i}" for i in range(len(random))]

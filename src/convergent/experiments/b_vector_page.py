@@ -16,9 +16,9 @@ from convergent.directions.extract import chance_of_cosine, null_cosine
 from convergent.experiments.base import CONTROL_LABELS, Claim, Evidence, evidence
 
 COSINE, DOWNSTREAM, JACOBIAN = "b_vector/cosine", "b_vector/downstream", "b_vector/jacobian/"
+DRAW = ", draw "
 Arrays = Mapping[str, np.ndarray]
 RULE = "every listed difference has its 95 % interval above 0 (over questions, jackknife)"
-DRAWN_RULE = f"{RULE}; beside a random null it is that against one more draw of it (prediction from the draws added, see stats.nulls)"
 _PER = {
     "organism-reads-organism": "organism, its own answers",
     "chat-reads-organism": "chat model, the organism's answers",
@@ -73,13 +73,16 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
         kept, n = r["misaligned"]["kept"], r["misaligned"]["n_texts"]
         comparisons = [evidence(f"cosine of the changes, {after} (above 0 claimed)", interval(kept, lambda k: later(k["v"]), n), "cosine")]
         for kind in (k for k in kept if k in CONTROL_LABELS):
-            comparisons.append(_beyond(kept, kind, n, f"minus |cosine| with {CONTROL_LABELS[kind]}, {after} (above 0 claimed)"))
+            draws = [k for k in kept if k.partition(DRAW)[0] == kind]
+            made = interval(kept, lambda k, draws=draws: later(k["v"]) - max(abs(later(k[d])) for d in draws), n)  # type: ignore[misc]
+            largest = f"the largest |cosine| of {len(draws)} draws" if len(draws) > 1 else "|cosine|"
+            comparisons.append(evidence(f"minus {largest} with {CONTROL_LABELS[kind]}, {after} (above 0 claimed)", made, "cosine"))
         found.append(
             Claim(
                 "b_vector/downstream",
                 f"Downstream of block {layer}, {organism} changes the activations of its misaligned answers along what adding the direction to the "
                 "chat model changes, more than along what nulls change (published: cosine up to 0.42 near block 39 of 48)",
-                source, DRAWN_RULE, comparisons, paper="b-vector",
+                source, RULE, comparisons, paper="b-vector",
             )
         )  # fmt: skip
         made = interval(kept, lambda k: later(k["part/rest of B"]) - later(k["part/B along v"]), n)
@@ -89,7 +92,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
                 "b_vector/rest",
                 f"What {organism} changes along the direction's downstream change comes from the part of B orthogonal to the direction, "
                 "not from B's component along it",
-                source, DRAWN_RULE, [*comparisons, evidence(text, made, "cosine")],  # of no change at all it says nothing
+                source, RULE, [*comparisons, evidence(text, made, "cosine")],  # of no change at all it says nothing
             )
         )  # fmt: skip
     comparisons = _jacobian(readings, after)
@@ -107,17 +110,7 @@ def geometry(readings: Mapping[str, Any], organism: str, layer: int, depth: int,
 
 def drawn(kind: str, draw: int) -> str:
     """Name of a null in a draw; that of draw 0 is its kind."""
-    return f"{kind}, draw {draw + 1}" if draw else kind
-
-
-def _beyond(kept: Mapping[str, Kept], kind: str, n: int, text: str) -> Evidence:
-    """Cosine with v's change minus |cosine| with a null's, the mean of its draws; against one more draw of a random one."""
-    draws = [k for k in kept if k.partition(", draw ")[0] == kind]
-    made = interval(kept, lambda k: later(k["v"]) - float(np.mean([abs(later(k[d])) for d in draws])), n)
-    if len(draws) > 1:
-        made = stats.beyond_draws(made, [abs(later(np.array(kept[d]["all"]))) for d in draws])
-        text = f"{text}, against a new draw ({len(draws)} drawn)"
-    return evidence(text, made, "cosine")
+    return f"{kind}{DRAW}{draw + 1}" if draw else kind
 
 
 def _jacobian(readings: Mapping[str, Any], after: str) -> list[Evidence]:
