@@ -222,14 +222,14 @@ def _alone(found: _Read, bad: Mask, good: Mask, draws: int) -> list[dict[str, An
 
 
 def _against_random(found: _Read, bad: Mask, good: Mask, rules: Rules, root: Root) -> dict[str, Any]:
-    """The probe on own scalars and on those of random directions, both on questions not seen, and their difference over questions and draws."""
+    """The probe on own scalars and on those of random directions, both on questions not seen, and their difference over questions."""
     t = task(found.tokens("aligned", good), found.tokens("misaligned", bad))
     c = rules.c or t.c
     own = by_question(t, root, c)
     drawn = [by_question(_with(t, found.random(good, bad, d)), root, c) for d in range(rules.draws)]
-    random = [[d[q] for q in own] for d in drawn]
-    difference = stats.draws_difference(list(own.values()), random, list(own), list(own))
-    return {"mean": _mean([float(np.mean(r)) for r in zip(*random, strict=True)]), "draws": rules.draws, "difference": _plain(difference)}
+    random = {q: float(np.mean([d[q] for d in drawn])) for q in own}
+    difference = stats.paired_difference(list(own.values()), list(random.values()), list(own), list(random))
+    return {"mean": _mean(list(random.values())), "draws": rules.draws, "difference": _plain(difference)}
 
 
 def _with(t: Task, x: NDArray[np.float64]) -> Task:

@@ -55,7 +55,7 @@ class ScalarsBlock(Block):
     """Share of tokens, the most significant ones, that the probes are fitted to once more."""
     log_significance: float | None = None
     """Instead of a share: natural logarithm of the smallest significance; 0.5 as published."""
-    draws: int = Field(default=20, ge=stats.FEWEST_DRAWS)
+    draws: int = Field(default=20, ge=2)
     """Random directions per adapter that read the same input."""
 
 
@@ -86,7 +86,7 @@ def readings(block: ScalarsBlock, scene: Scene) -> list[Reading]:
     topics = _topics(block, scene)
 
     def inputs(kit: Kit) -> Any:
-        return [kit.model_id(organism), kit.seed, block.model_dump(), "against a new draw", _labelled(kit, block, organism, topics).to_csv()]
+        return [kit.model_id(organism), kit.seed, block.model_dump(), _labelled(kit, block, organism, topics).to_csv()]
 
     def compute(kit: Kit) -> Any:
         answers, (_, texts) = _labelled(kit, block, organism, topics), kit.own_table(organism)
@@ -144,10 +144,10 @@ def claims(block: ScalarsBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             f"LoRA scalars of {organism} tell tokens of misaligned answers from those of aligned ones, on questions that the probe has not seen, better than "
             "random directions that read the same input (published: AUC 0.74 and 0.75, split by token)",
             "paper section 4.1",
-            "both differences have their 95 % interval over questions above 0, the second against one more random draw too (prediction, see stats.nulls)",
+            "both differences have their 95 % interval over questions above 0",
             [
                 evidence("AUC within questions not seen, minus 0.5 (above 0 claimed)", above, "AUC"),
-                evidence(f"the same, minus that of {value['random']['draws']} random directions per adapter, against a new one (above 0 claimed)", more, "AUC"),
+                evidence(f"the same, minus that of {value['random']['draws']} random directions per adapter (above 0 claimed)", more, "AUC"),
             ], paper="scalars",
         )
     ]
