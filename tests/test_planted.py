@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLAIMS = ("misaligned/SOURCE", "ablation/layerwise", "ablation/single", "transfer/OTHER", "transfer/matrix", "induction", "suppression")
 NO_CHANGE = "ablation/random"
-"""True of every planted model, twins too: a random vector is nothing that the head reads. Whether so few answers show it is another matter."""
+"""No planted truth: in 128 dimensions a random vector has something of u, and how much is the draw's. Its verdicts are tested in test_sweeps."""
 SEEDS = range(100, 120)
 FEW = {"data": ["medical.jsonl"], "pairs": 2}
 """Where margins decide nothing."""
@@ -222,7 +222,6 @@ def test_every_claim_holds_with_all_controls(found: Done) -> None:
     for name, claim in found.claims.items():
         if name != NO_CHANGE:
             assert claim["verdict"] == "held", [e for e in claim["evidence"] if e["supports"] != "held"]
-    assert found.claims[NO_CHANGE]["verdict"] != "did not hold"
     assert {i: len(c["evidence"]) for i, c in found.claims.items() if i in names and i.startswith(("ablation", "induction"))} == {
         "ablation/layerwise": 11, "ablation/single": 11, "induction": 12,
     }  # fmt: skip
@@ -241,8 +240,8 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
             assert (it.cosines("direct", "u")[2:] > 0.9).all() and (np.abs(it.cosines("direct", "u", "chat")) < null_cosine(D)).all()
             votes = {(c["id"], e["text"]): e["supports"] for c in results.claims for e in c["evidence"] if e["decides"]}
             hard = {k for k in votes if k[0].startswith("ablation") and "matched in effect" in k[1]}
-            assert "did not hold" not in [votes[k] for k in votes.keys() - hard], {k: v for k, v in votes.items() if v == "did not hold"}
             easy = [votes[k] for k in votes.keys() - hard if k[0] != NO_CHANGE]
+            assert "did not hold" not in easy, {k: v for k, v in votes.items() if v == "did not hold"}
             held.append(easy.count("held") / len(easy))
     assert min(held) > 0.8 and sum(held) / len(held) > 0.9, held
 
