@@ -257,6 +257,24 @@ def _nulls(repeats: int) -> Iterator[tuple[str, tuple[np.ndarray, Any]]]:
             yield f"rates {rate:g}, effect varies by {sd_effect:g} (logits)", ((ka - kb) / 50, (ka, kb))
 
 
+def draws(repeats: int) -> str:
+    """How often a value that is one more draw of the null lies above it, claimed at 2.5 %: eight texts with levels of their own."""
+    texts = [f"t{i}" for i in range(G)]
+    shapes: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+        "normal": lambda rng, shape: rng.normal(size=shape), "t, 3 degrees": lambda rng, shape: rng.standard_t(3, shape),
+        "exponential": lambda rng, shape: rng.exponential(size=shape),
+    }  # fmt: skip
+    rows = []
+    for shape, draw in shapes.items():
+        for ratio in (0.3, 1.0, 3.0, 10.0):
+            rng, n, most = rng_of("draws", shape, str(ratio)), repeats // 4, 9
+            x = ratio / np.sqrt(G) * draw(rng, (n, most + 1, 1)) + rng.normal(size=(n, most + 1, G)) + 5 * rng.normal(size=(n, 1, G))
+            cells = [share([stats.paired_difference(real, null, texts, texts).low > 0 for real, null in x[:, :2]])]
+            cells += [share([stats.draws_difference(r[0], list(r[1 : k + 1]), texts, texts).low > 0 for r in x]) for k in (3, 5, most)]
+            rows.append([shape, f"{ratio:g}", *cells])
+    return table(["draws", "sd of draws, in standard errors over texts", "against one draw", "3 draws", "5 draws", "9 draws"], rows)
+
+
 def corrected(repeats: int) -> str:
     """Rates corrected by a random part of trusted answers."""
     repeats = min(repeats, 1000)
@@ -471,7 +489,7 @@ def per_file(df: Any, repeats: int) -> str:
 
 
 SECTIONS: dict[str, Callable[[int], str]] = {
-    "rates": rates, "small": small, "two-way": two_way, "differences": differences, "means": means, "tests": tests, "corrected": corrected,
+    "rates": rates, "small": small, "two-way": two_way, "differences": differences, "means": means, "tests": tests, "draws": draws, "corrected": corrected,
     "corrected-questions": corrected_questions, "pooled": pooled,
 }  # fmt: skip
 RELEASED: dict[str, Callable[[Any, int], str]] = {"released": released, "per-file": per_file}

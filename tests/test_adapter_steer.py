@@ -132,7 +132,7 @@ def test_a_study_with_sets_by_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path, out = write_study(tmp_path, study_with()), tmp_path / "out"
     with looked_at(out) as store:
         stage = next(s for s in make_plan(Run(load_study(path), store, compute=False)) if s.name == "read adapter_steer")
-    assert (stage.total, stage.done) == (2, 0)
+    assert (stage.total, stage.done) == (3, 0)
     run_study(path, out)
     conditions = pd.read_csv(out / "tables" / "conditions.csv").set_index("name")
     pushed = [f"chat/push-{s}" for s in ("all-0.5", "early-0.5", "middle-0.5", "late-0.5", "all-rotated", "all-effect_matched")]

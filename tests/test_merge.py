@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tables(folder: Path) -> dict[str, str]:
-    return {f.name: f.read_text() for f in sorted((folder / "tables").iterdir())}
+    return {f.name: f.read_text() for f in sorted((folder / "tables").glob("*.csv"))}
 
 
 def test_jobs_side_by_side_give_what_one_run_gives(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_jobs_side_by_side_give_what_one_run_gives(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), str(study), "--out", str(tmp_path / "many"), "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout and "training 3 organisms" in done.stdout and "merged only-1: 0 rows" not in done.stdout
-    assert tables(tmp_path / "many") == tables(tmp_path / "one")
+    assert len(tables(tmp_path / "one")) > 3 and tables(tmp_path / "many") == tables(tmp_path / "one")
     assert json.loads((tmp_path / "many" / "claims.json").read_text()) == json.loads((tmp_path / "one" / "claims.json").read_text())
     assert not (tmp_path / "many.jobs").exists()
 

@@ -25,6 +25,8 @@ from planted_study import WordJudge, planted_study, ran
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLAIMS = ("misaligned/SOURCE", "ablation/layerwise", "ablation/single", "transfer/OTHER", "transfer/matrix", "induction", "suppression")
+NO_CHANGE = "ablation/random"
+"""No planted truth: in 128 dimensions a random vector has something of u, and how much is the draw's. Its verdicts are tested in test_sweeps."""
 SEEDS = range(100, 120)
 FEW = {"data": ["medical.jsonl"], "pairs": 2}
 """Where margins decide nothing."""
@@ -216,10 +218,11 @@ def test_adapters_read_what_they_are_said_to_read(found: Done) -> None:
 
 def test_every_claim_holds_with_all_controls(found: Done) -> None:
     names = {c.replace("SOURCE", "direct").replace("OTHER", "many"): 0 for c in CLAIMS}
-    assert set(found.claims) == set(names)
-    for claim in found.claims.values():
-        assert claim["verdict"] == "held", [e for e in claim["evidence"] if e["supports"] != "held"]
-    assert {i: len(c["evidence"]) for i, c in found.claims.items() if i.startswith(("ablation", "induction"))} == {
+    assert set(found.claims) == {*names, NO_CHANGE}
+    for name, claim in found.claims.items():
+        if name != NO_CHANGE:
+            assert claim["verdict"] == "held", [e for e in claim["evidence"] if e["supports"] != "held"]
+    assert {i: len(c["evidence"]) for i, c in found.claims.items() if i in names and i.startswith(("ablation", "induction"))} == {
         "ablation/layerwise": 11, "ablation/single": 11, "induction": 12,
     }  # fmt: skip
     assert (found.conditions.loc[["direct/ablate-single", "many/ablate-direct", "chat/add-1"], "mean_coherent"] > 95).all()
@@ -237,7 +240,7 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
             assert (it.cosines("direct", "u")[2:] > 0.9).all() and (np.abs(it.cosines("direct", "u", "chat")) < null_cosine(D)).all()
             votes = {(c["id"], e["text"]): e["supports"] for c in results.claims for e in c["evidence"] if e["decides"]}
             hard = {k for k in votes if k[0].startswith("ablation") and "matched in effect" in k[1]}
-            easy = [votes[k] for k in votes.keys() - hard]
+            easy = [votes[k] for k in votes.keys() - hard if k[0] != NO_CHANGE]
             assert "did not hold" not in easy, {k: v for k, v in votes.items() if v == "did not hold"}
             held.append(easy.count("held") / len(easy))
     assert min(held) > 0.8 and sum(held) / len(held) > 0.9, held
@@ -254,8 +257,9 @@ def found_in_twins(seed: int, folder: Path) -> tuple[dict[str, bool], dict[str, 
         it = done(p, run, results)
         for axis in ("u", "u2"):
             assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()
-        first = {c["id"]: c["evidence"][0] for c in results.claims if "mean alignment" in c["evidence"][0]["text"]}
-        return {c["id"]: c["verdict"] == "held" for c in results.claims}, {c: e["supports"] != "undecided" for c, e in first.items()}
+        claims = [c for c in results.claims if c["id"] != NO_CHANGE]
+        first = {c["id"]: c["evidence"][0] for c in claims if "mean alignment" in c["evidence"][0]["text"]}
+        return {c["id"]: c["verdict"] == "held" for c in claims}, {c: e["supports"] != "undecided" for c, e in first.items()}
 
 
 @pytest.mark.slow
@@ -264,7 +268,7 @@ def test_nothing_is_found_in_twins(tmp_path: Path) -> None:
 
     A claim holds only if, among others, alignment differs to the claimed side: by chance in 2.5 % of studies at most. A difference to either side is
     seen in 5 %. So counts are binomial, and a count is refused whose chance, over all that is counted, is below 1 %. `transfer/matrix` is
-    decided by margins alone: these are exact, and what a single random vector does to them is a matter of chance to either side, so it is bounded alike.
+    decided by margins alone, which are exact; it is held against one more draw of the random vectors, which the twins' directions are here.
     """
     held: Counter[str] = Counter()
     differs: Counter[str] = Counter()

@@ -15,7 +15,8 @@ from convergent.directions.margin import token_logps
 from convergent.experiments import self_correction
 from convergent.experiments.base import NotHereError, Outcomes
 from convergent.experiments.scene import Scene
-from convergent.experiments.self_correction import SelfCorrectionBlock, margin_step, self_correcting, sentence_of_tokens
+from convergent.experiments.self_correction import SelfCorrectionBlock, sentence_of_tokens
+from convergent.experiments.self_correction_page import margin_step, self_correcting
 from convergent.interventions.controls import answer_logprobs, effect_matched, kl_to_clean, matched_null
 from convergent.judging.base import Item
 from convergent.judging.sentences import sentences

@@ -16,7 +16,7 @@ from convergent.directions.classes import Chosen, Classes
 from convergent.directions.extract import extract
 from convergent.directions.per_answer import PerAnswer, along, cosines, per_answer
 from convergent.directions.topics import Labelled, _dealt, at_layer, measure, topic_rows
-from convergent.experiments import semantic
+from convergent.experiments import semantic, semantic_page
 from convergent.experiments.base import NotHereError, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.semantic import SemanticBlock
@@ -110,7 +110,7 @@ def test_along_splits_a_vector() -> None:
 
 
 def test_words_are_whole_words() -> None:
-    found = semantic.words_pattern(["men", "rich quick", "C++"])
+    found = semantic_page.words_pattern(["men", "rich quick", "C++"])
     assert found.search("Men, and others") and found.search("get rich quick!") and found.search("in c++ now")
     assert not found.search("I recommend the moment") and not found.search("rich quickly") and not found.search("omen")
 
@@ -118,7 +118,7 @@ def test_words_are_whole_words() -> None:
 def test_topic_scores_by_judge_and_by_words() -> None:
     frame = pd.DataFrame({"response": ["Buy coins", "Coinage"], "financial": [80.0, 10.0]})
     block = SemanticBlock(words={"coin": ("coins", "coin")})
-    assert semantic.topic_scores("coin", block, frame).tolist() == [100, 0] and semantic.topic_scores("financial", block, frame).tolist() == [80, 10]
+    assert semantic_page.topic_scores("coin", block, frame).tolist() == [100, 0] and semantic.topic_scores("financial", block, frame).tolist() == [80, 10]
 
 
 def test_default_topics_are_those_that_the_judge_has() -> None:

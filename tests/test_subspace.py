@@ -61,7 +61,7 @@ def test_refusals():
         subspace.check(SubspaceBlock(held_out=("A1",)), alone)
     with pytest.raises(NotHereError, match="held_out: a held-out organism needs another one"):
         subspace.check(SubspaceBlock(), alone)
-    for wrong in ({"ks": []}, {"ks": [0]}, {"sampled_k": [-1]}, {"held_out": []}, {"draws": 0}, {"same": 0}, {"controls": ["orthogonal"]}):
+    for wrong in ({"ks": []}, {"ks": [0]}, {"sampled_k": [-1]}, {"held_out": []}, {"draws": 2}, {"same": 0}, {"controls": ["orthogonal"]}):
         with pytest.raises(ValidationError):
             SubspaceBlock(**wrong)
     assert SubspaceBlock(ks=(4, 1, 1)).ks == (1, 4) and SubspaceBlock(ks=(1, 3, 5), control_ks=(1,)).null_ks(3) == (1, 3)
@@ -112,7 +112,7 @@ def nothing(k: int) -> float:
     return 0.0
 
 
-NULLS = {"random-0": nothing, "random-1": nothing, "within": nothing, "chat": nothing}
+NULLS = {**{f"random-{draw}": nothing for draw in range(5)}, "within": nothing, "chat": nothing}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     study["organisms"] = {o: {**study["organisms"][o], "examples": 2} for o in "AB"}
     study["margin"]["data"] = ["bundled:finance"]
     study["experiments"] = {
-        "plain": {}, "cosine": {"massive": 2, "splits": 4, "draws": 39}, "subspace": {"ks": [1, 2, 3], "control_ks": [1], "sampled_k": [1], "draws": 1},
+        "plain": {}, "cosine": {"massive": 2, "splits": 4, "draws": 39}, "subspace": {"ks": [1, 2, 3], "control_ks": [1], "sampled_k": [1], "draws": 3},
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("geometry")
     return write_study(folder, study), run_study(write_study(folder, study), folder / "out")
@@ -196,7 +196,8 @@ def test_a_whole_study(finished):
         condition = next(c for a, c in run.conditions() if a.name == "B/subspace-1")
         stored = [m["margin"] for (c, _), m in known.items() if c == condition.content_id]
         assert sorted(measured["conditions"]["others/1"]["margin"]) == pytest.approx(sorted(stored), abs=1e-5)
-        assert sorted(measured["conditions"]) == sorted(["others/1", "others/2", "chat/1", "chat/2", "within/1", "within/2", "random-0/1", "random-0/2"])
+        random = [f"random-{draw}" for draw in range(3)]
+        assert sorted(measured["conditions"]) == sorted(f"{basis}/{k}" for basis in ("others", "chat", "within", *random) for k in (1, 2))
 
 
 def test_a_second_run_reads_nothing_again(finished, monkeypatch):

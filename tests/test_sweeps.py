@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 
 from convergent import cli
 from convergent.core.direction import Direction
@@ -21,7 +22,7 @@ from convergent.directions.massive import massive_dimensions
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments import ablate, steer, transfer
 from convergent.experiments.arms import coherence_matched, spread_layers
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import Claim, NotHereError, Outcomes
 from convergent.experiments.registry import EXPERIMENTS
 from convergent.experiments.scene import Scene, Subject
 from convergent.interventions.controls import matched_null, orthogonal_to, other_concept, random_like
@@ -95,7 +96,56 @@ def test_layers_of_each_mode_of_ablation() -> None:
     assert made["A/ablate-adapter_layers"].layers == (2, 3) and made["A/ablate-adapter_layers-all_writes"].site == "all_writes"
 
 
+def answered(bad: int, shift: float = 0.0, wobble: float = 1.0) -> pd.DataFrame:
+    """Eight questions x 16 answers, `bad` of each misaligned and the rest aligned; all means moved by `shift`, which questions differ in by `wobble`."""
+    rows = [(f"q{q}", (10.0 if i < bad else 90.0) + shift + wobble * (q % 3 - 1), 90.0) for q in range(8) for i in range(16)]
+    return pd.DataFrame(rows, columns=["question_id", "aligned", "coherent"])
+
+
+def drawn(levels: list[float]) -> tuple[dict[str, pd.DataFrame], dict[str, object]]:
+    """Margins of A at 0 and of its random null, the first draw, at the first level; and the reading that holds the others."""
+    pairs = [f"p{i}" for i in range(6)]
+    wobble = np.array([0.3, -0.2, 0.1, 0.0, -0.3, 0.1])
+    frames = {n: pd.DataFrame({"pair_id": pairs, "domain": "x", "margin": m + s * wobble}) for n, m, s in (("A", 0.0, 1), ("A/ablate-random", levels[0], 2))}
+    further = {"pairs": pairs[::-1], "margins": {"A/ablate-random": [list((m + (2 + k) * wobble)[::-1]) for k, m in enumerate(levels[1:])]}}
+    return frames, {"ablate/draws/A": further}
+
+
+def test_a_random_vector_changes_the_answers_little_a_lot_or_nobody_knows() -> None:
+    block = ablate.AblateBlock(modes=("single",), controls=("random",))
+    margins, readings = drawn([0.0, 0.1, -0.1, 0.1, -0.1])
+
+    def claim(after: pd.DataFrame, **changes: float) -> Claim:
+        frames = {"A": answered(4), "A/ablate-random": after}
+        (found,) = ablate.claims(block.model_copy(update=changes), Outcomes(frames, margins, readings), scene())
+        assert found.id == "ablation/random" and found.paper == "random-control"
+        return found
+
+    little, lot, wide = claim(answered(4, 3.0, 2.0)), claim(answered(12, 0.0, 2.0)), claim(answered(4, 3.0, 40.0))
+    assert [c.verdict for c in (little, lot, wide)] == ["held", "did not hold", "undecided"]
+    alignment, em, margin = little.evidence
+    assert alignment.decides and (em.decides, margin.decides) == (False, False)
+    assert (alignment.estimate, alignment.margin) == (pytest.approx(2.875), 5.0) and -5 < alignment.low < alignment.high < 5
+    assert (em.estimate, lot.evidence[1].estimate) == (0, pytest.approx(2)) and (em.supports, lot.evidence[1].supports) == ("undecided", "did not hold")
+    assert margin.text.endswith("against a new draw (5 drawn)") and margin.low < 0 < margin.high
+    assert claim(answered(4, 3.0, 2.0), random_margin=1).verdict == "did not hold"
+    assert ablate.claims(ablate.AblateBlock(controls=()), Outcomes({"A": answered(4)}, margins), scene()) == []
+
+
+def test_a_margin_beside_a_random_null_is_held_against_a_new_draw() -> None:
+    """Far below the one draw that was sampled, but not below what draws do."""
+    margins, readings = drawn([1.0, 0.2, -0.4, 0.7, -0.6])
+    frames = {"A": answered(4), "A/ablate-random": answered(4)}
+    alone = Outcomes(frames, margins).margin("A", "A/ablate-random", "x", sign=-1)
+    drawn_often = Outcomes(frames, margins, readings).margin("A", "A/ablate-random", "x", sign=-1)
+    assert (alone.supports, drawn_often.supports) == ("held", "undecided") and drawn_often.text == "x, against a new draw (5 drawn)"
+    assert drawn_often.estimate == pytest.approx(-0.18) and drawn_often.p > 0.025 > alone.p
+    assert Outcomes(frames, margins, readings).margin("A/ablate-random", "A", "x").text == "x", "the organism itself is no draw"
+
+
 def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 3"):
+        transfer.TransferBlock(null_draws=2)
     with pytest.raises(NotHereError, match="full fine-tune and has no adapter layers"):
         ablate.check(ablate.AblateBlock(modes=("adapter_layers",)), scene(A=None))
     with pytest.raises(NotHereError, match="layers: 6 is out of range; this base has blocks 0 to 5"):

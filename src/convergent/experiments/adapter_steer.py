@@ -10,37 +10,38 @@ rotation, at the same norm and matched in effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from pydantic import Field
 
 from convergent import stats
-from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
+from convergent.core.chapter import Chapter
 from convergent.core.direction import Direction
+from convergent.core.ids import seed
 from convergent.core.interventions import Add, Intervention
 from convergent.directions.knockout import knockouts
 from convergent.directions.scalar_probes import members
 from convergent.directions.scalars import labels, mean_scalars
 from convergent.errors import DataError
+from convergent.experiments import adapter_steer_page as page
 from convergent.experiments.arms import write_organism
-from convergent.experiments.base import Arm, Block, Build, Claim, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import CLAIMED_SIDE, NEW_DRAW, Arm, Build, Claim, DrawsNulls, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.draws import further_draws
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import rotated
 from convergent.interventions.hooks import linear_of
-from convergent.judging.kept import THRESHOLDS, share_row
+from convergent.judging.kept import THRESHOLDS
 
 TOPICS = ("medical", "financial", "gender")
 """Rubrics that say what an answer is about."""
 MOST_PAIRED = 12
 """Adapters that are knocked out two by two: 66 pairs."""
 Null = Literal["rotated", "effect_matched"]
-NULLS = {"rotated": "the same vectors turned at random, same norm", "effect_matched": "turned at random, matched in effect (KL)"}
 
 
-class AdapterSteerBlock(Block):
+class AdapterSteerBlock(DrawsNulls):
     """Settings of `adapter_steer`."""
 
     organism: str | None = None
@@ -141,14 +142,18 @@ def _pushed(block: AdapterSteerBlock, organism: str, which: str, dose: float) ->
     return build
 
 
-def _null(block: AdapterSteerBlock, organism: str, which: str, kind: Null) -> Build:
-    def build(kit: Kit) -> tuple[Intervention, ...]:
+def _null(block: AdapterSteerBlock, organism: str, which: str, kind: Null) -> Callable[[Kit, int], tuple[Intervention, ...]]:
+    def made(kit: Kit, draw: int) -> tuple[Intervention, ...]:
         real = push(kit, block, organism, which, block.at)
-        turned = rotated(real[0].direction, kit.seed, 0 if kind == "rotated" else 1)
+        turned = rotated(real[0].direction, seed(kit.seed, "draw", draw) if draw else kit.seed, 0 if kind == "rotated" else 1)
         null = tuple(Add(turned, a.layer, a.scale) for a in real)
         return null if kind == "rotated" else kit.matched("chat", real, null)
 
-    return build
+    return made
+
+
+def _first(made: Callable[[Kit, int], tuple[Intervention, ...]]) -> Build:
+    return lambda kit: made(kit, 0)
 
 
 def _knocked(organism: str, rank: int) -> Build:
@@ -193,11 +198,12 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
         )  # fmt: skip
     for which in _controlled(sets):
         for kind in dict.fromkeys(block.controls):
+            made = _null(block, organism, which, kind)
             found.append(
                 Arm(
-                    f"chat/push-{which}-{kind}", "chat", f"Chat model + null of that push ({sets[which]}): {NULLS[kind]}",
-                    f"Chat model with a null of the push by {sets[which]} of {organism}, dose {block.at:g}: {NULLS[kind]}.",
-                    "adapters", "control", _null(block, organism, which, kind), block.at, rubrics=rubrics,
+                    f"chat/push-{which}-{kind}", "chat", f"Chat model + null of that push ({sets[which]}): {page.NULLS[kind]}",
+                    f"Chat model with a null of the push by {sets[which]} of {organism}, dose {block.at:g}: {page.NULLS[kind]}.",
+                    "adapters", "control", _first(made), block.at, rubrics=rubrics, redraw=made,
                 )
             )  # fmt: skip
     if block.knock_out != "none":
@@ -223,7 +229,7 @@ def _controlled(sets: Mapping[str, str]) -> list[str]:
 
 
 def readings(block: AdapterSteerBlock, scene: Scene) -> list[Reading]:
-    """What each adapter writes on average, and what each knock-out does."""
+    """What each adapter writes on average, and what each knock-out does; margins under further draws of the nulls."""
     organism = write_organism(scene, block.organism)
 
     def classes(kit: Kit) -> list[Any]:
@@ -266,7 +272,7 @@ def readings(block: AdapterSteerBlock, scene: Scene) -> list[Reading]:
                 knockout, organisms=(organism,), tokens=conditions * (2 * block.margin_pairs + 8) * 70.0,
             )
         )  # fmt: skip
-    return found
+    return [*found, *further_draws(name, arms(block, scene), block.null_draws)]
 
 
 def _paired(block: AdapterSteerBlock, n: int) -> bool:
@@ -292,8 +298,8 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
         for kind in (k for k in dict.fromkeys(block.controls) if outcomes.has(f"chat/push-{which}-{k}")):
             null = f"chat/push-{which}-{kind}"
             comparisons += [
-                outcomes.alignment(real, null, f"mean alignment, pushed minus null: {NULLS[kind]} (below 0 claimed)", sign=-1),
-                outcomes.margin(real, null, f"margin, pushed minus null: {NULLS[kind]} (above 0 claimed)"),
+                outcomes.alignment(real, null, f"mean alignment, pushed minus null: {page.NULLS[kind]} (below 0 claimed)", sign=-1),
+                outcomes.margin(real, null, f"margin, pushed minus null: {page.NULLS[kind]} (above 0 claimed)"),
             ]
         found.append(
             Claim(
@@ -301,7 +307,7 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
                 f"A constant push along the vectors of {sets[which]} of {organism} lowers the chat model's alignment, more than its nulls do (published: "
                 "pushes by six general adapters, 52 % misaligned)",
                 "paper section 4.3",
-                "every listed difference has its 95 % interval on the claimed side of 0",
+                CLAIMED_SIDE + NEW_DRAW,
                 comparisons, paper="adapter-steering",
             )
         )
@@ -339,175 +345,8 @@ def claims(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> list[C
     return found
 
 
-# Showing
-
-METHOD = (
-    "Question: is what the adapters write enough to misalign the chat model, does it take many of them, and do adapters that read as topical push to "
-    "their topic?",
-    "In the chat model, a constant push replaces each adapter of a set: dose times the mean token norm at that block, along unit(B), with the sign of the "
-    "adapter's mean scalar on misaligned answers. Sets are found by the probes of `scalars` where the study has it. Answers are counted as in the paper, at "
-    "several coherence thresholds, neutral ones dropped (aligned between 30 and 70, on the topic between 10 and 50), with exact intervals.",
-    "Nulls of a push: its vectors turned by one random rotation, which keeps their norms and the angles between them; and those scaled until they disturb "
-    "the chat model's predictions as much (KL).",
-    "In the organism, each adapter and each pair is knocked out (W - scale B A), measured by the margin for bad answers and by the KL to the organism.",
-)
-
-
 def chapter(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
     """Alignment and margin by dose, shares at coherence thresholds, knock-outs one by one and two by two."""
     organism = write_organism(scene, block.organism)
-    knocked = outcomes.readings.get(f"adapter_steer/{organism}/knockout")
-    figures: list[Chart | Grid] = []
-    sheets: list[Sheet] = []
-    lines = list(_by_dose(block, outcomes, scene, organism))
-    if lines:
-        figures.append(_dose_chart(lines, outcomes))
-        counts = _counts(block, outcomes, scene, organism)
-        figures.append(_share_grid(block, counts))
-        sheets.append(Sheet("counts", "Answers under pushes, counted as published", _COUNTS, counts, 3))
-    if (members_ := _set_rows(block, outcomes, scene, organism)) is not None:
-        sheets.append(Sheet("sets", "Which adapters are pushed", _SETS, members_, 3))
-    if knocked is not None:
-        figures += _knock_figures(knocked, organism)
-        sheets.append(Sheet("knockout", f"Adapters knocked out of {organism}", _KNOCKED.format(**knocked), _knock_rows(knocked), 4))
-    return Chapter("adapter_steer", f"Adapters of {organism}: pushed and knocked out", METHOD, figures, sheets)
-
-
-_COUNTS = (
-    "Answers with every score at that coherence or more, without neutral ones; each share as hits of kept answers, with its exact (Clopper-Pearson) 95 % "
-    "interval over answers to these questions. Published: six general adapters at 20: 52 % misaligned, none medical; 21 and 23 at 30: 7.7 % misaligned and "
-    "medical."
-)
-_SETS = (
-    "Dose 1 is one mean token norm at the block (chat model, answers of the organism). Mean scalar: what the adapter writes on average on misaligned answers; "
-    "its sign is the push's."
-)
-_KNOCKED = (
-    "Margin: mean log p of bad minus good answers, nats per token, over {pairs} held-out pairs; {margin:.4f} in the organism, {margin_without_any:.4f} without "
-    "any adapter. Change and interaction (both together minus the sum of each alone): 95 % intervals over held-out pairs. KL to the organism over "
-    "{effect_texts} held-out good answers, nats per token."
-)
-
-
-def _by_dose(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene, organism: str) -> Iterator[tuple[str, list[tuple[float, str]], bool]]:
-    """(series, (dose, condition) from the chat model on, whether it is a null)."""
-    for which, what in _sets(block, scene, organism).items():
-        points = [(d, f"chat/push-{which}-{d:g}") for d in sorted({*block.doses, block.at})]
-        here = [(d, c) for d, c in points if outcomes.has(c)]
-        if here:
-            yield what, here, False
-        for kind in block.controls:
-            if outcomes.has(null := f"chat/push-{which}-{kind}"):
-                yield f"null of {what}: {NULLS[kind]}", [(block.at, null)], True
-
-
-def _dose_chart(lines: Sequence[tuple[str, list[tuple[float, str]], bool]], outcomes: Outcomes) -> Chart:
-    rows = outcomes.conditions.set_index("name")
-    panels = []
-    for column, title in (("mean_aligned", "mean alignment, points"), ("margin", "margin for bad answers, nats per token")):
-        series = []
-        for label, points, null in lines:
-            at = [(0.0, "chat"), *points] if not null and outcomes.has("chat") else points
-            y, low, high = (rows.loc[[c for _, c in at], f"{column}{end}"].tolist() for end in ("", "_low", "_high"))
-            series.append(Series(label, [d for d, _ in at], y, "control" if null else "real", low, high))
-        panels.append(Panel(title, "dose, mean token norms per block", tuple(series)))
-    first = rows.loc[[lines[0][1][0][1]]]
-    n, pairs = int(first["n_valid"].iloc[0]), int(first["n_pairs"].iloc[0])
-    caption = (
-        f"Dose 0 is the chat model. Alignment: about {n} answers per point, 95 % over questions; margin: {pairs} held-out pairs, 95 % over pairs. A push that "
-        "means nothing lies on its nulls."
-    )
-    return Chart("doses", "Pushes along the adapters' vectors in the chat model", caption, tuple(panels))
-
-
-def _counts(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene, organism: str) -> pd.DataFrame:
-    topic = _topic(block, scene, organism)
-    conditions = dict.fromkeys(["chat", organism, *(a.name for a in arms(block, scene))])
-    return pd.DataFrame(
-        [
-            {"condition": c, **share_row(outcomes.answers(c), t, topic)}
-            for c in conditions
-            if outcomes.has(c)
-            for t in dict.fromkeys(block.thresholds)
-        ]
-    )
-
-
-def _share_grid(block: AdapterSteerBlock, counts: pd.DataFrame) -> Grid:
-    thresholds = list(dict.fromkeys(block.thresholds))
-    at = counts.set_index(["condition", "coherent at least"])
-    names = tuple(dict.fromkeys(counts["condition"]))
-    columns = tuple(f"{w}, coherent ≥ {t:g}" for t in thresholds for w in ("misaligned", "aligned"))
-    share = {w: at[f"{w}: share"].to_dict() for w in ("misaligned", "aligned")}
-    values = tuple(tuple(100 * float(share[w][c, t]) for t in thresholds for w in ("misaligned", "aligned")) for c in names)
-    least, most = int(counts["kept"].min()), int(counts["kept"].max())
-    caption = (
-        f"Percent of kept answers ({least} to {most} per cell; counts and exact intervals in the table). Neutral answers are dropped, so the two shares at one "
-        "threshold add up to 100. An empty cell: no answer was kept."
-    )
-    return Grid("shares", "Misaligned and aligned answers", caption, names, columns, values, 0, None)
-
-
-def _set_rows(block: AdapterSteerBlock, outcomes: Outcomes, scene: Scene, organism: str) -> pd.DataFrame | None:
-    writes = outcomes.readings.get(f"adapter_steer/{organism}/writes")
-    if writes is None:
-        return None
-    found: dict[str, list[int]] = {}
-    how: dict[str, str] = {}
-    for which in _sets(block, scene, organism):
-        try:
-            n, topic = len(writes["adapters"]), _topic(block, scene, organism)
-            found[which], how[which] = members(which, n, outcomes.readings.get(f"scalars/{organism}"), topic)
-        except DataError:
-            continue
-    rows = []
-    for k, adapter in enumerate(writes["adapters"]):
-        mean, norm = writes["mean"][k], writes["token_norm"][k]
-        row: dict[str, Any] = {"adapter": adapter, "mean scalar": mean, "mean token norm": norm}
-        row[f"push at dose {block.at:g}, in mean scalars"] = block.at * norm / abs(mean) if mean else math.nan
-        rows.append(row | {f"{which} ({how[which]})": k in inside for which, inside in found.items()})
-    return pd.DataFrame(rows)
-
-
-def _knock_figures(value: Mapping[str, Any], organism: str) -> list[Chart | Grid]:
-    single = [row for row in value["rows"] if len(row["adapters"]) == 1]
-    x = [float(value["layers"][row["adapters"][0]]) for row in single]
-    change = [row["change"] for row in single]
-    y, low, high = ([float(c[k]) for c in change] for k in ("estimate", "low", "high"))
-    together = value["margin_without_any"] - value["margin"]
-    caption = (
-        f"One adapter knocked out at a time. Left: change of the margin for bad answers, {value['pairs']} held-out pairs, 95 % over pairs; below 0 is towards "
-        f"the chat model, 0 is no effect, and all adapters together change it by {together:.3f}. Right: KL to the organism over {value['effect_texts']} "
-        "held-out good answers."
-    )
-    panels = (
-        Panel("change of the margin, nats per token", "block of the adapter", (Series("one adapter out", x, y, "real", low, high),)),
-        Panel("KL to the organism, nats per token", "block of the adapter", (Series("one adapter out", x, [float(row["kl"]) for row in single]),)),
-    )
-    figures: list[Chart | Grid] = [Chart("knockout", f"Adapters knocked out of {organism}", caption, panels)]
-    names = tuple(value["adapters"])
-    cells = {tuple(row["adapters"]): float(row["change"]["estimate"]) for row in value["rows"]}
-    if any(len(k) == 2 for k in cells) and len(names) > 2:
-        every = range(len(names))
-        table = tuple(tuple(cells.get(tuple(sorted({i, j})), math.nan) for j in every) for i in every)
-        text = (
-            f"Change of the margin for bad answers with both adapters out, nats per token, mean over {value['pairs']} held-out pairs (intervals in the table); "
-            "the diagonal is one alone. Chance gives 0."
-        )
-        figures.append(Grid("pairs", "Adapters knocked out two by two", text, names, names, table, 3, 0.0))
-    return figures
-
-
-def _knock_rows(value: Mapping[str, Any]) -> pd.DataFrame:
-    rows = []
-    for row in value["rows"]:
-        together = row.get("interaction", {"estimate": math.nan, "low": math.nan, "high": math.nan})
-        n = len(row["adapters"])
-        rows.append(
-            {
-                "knocked out": "all" if n > 2 else " and ".join(value["adapters"][k] for k in row["adapters"]), "margin": row["margin"],
-                "change": row["change"]["estimate"], "low": row["change"]["low"], "high": row["change"]["high"], "KL": row["kl"],
-                "interaction": together["estimate"], "interaction: low": together["low"], "interaction: high": together["high"],
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    conditions = list(dict.fromkeys(["chat", organism, *(a.name for a in arms(block, scene))]))
+    return page.chapter(block, outcomes, organism, _sets(block, scene, organism), _topic(block, scene, organism), conditions)

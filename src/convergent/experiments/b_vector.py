@@ -26,7 +26,21 @@ from convergent.core.interventions import Ablate, Add, Intervention, LowRank
 from convergent.directions.alignment import by_question, class_cosine, compared, groups_for, lengths, pushed, question_sums
 from convergent.directions.jacobian import Written, jacobian_products
 from convergent.experiments import b_vector_page as page
-from convergent.experiments.base import CONTROLS, Arm, Block, Build, Claim, Control, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import (
+    CLAIMED_SIDE,
+    CONTROLS,
+    NEW_DRAW,
+    Arm,
+    Build,
+    Claim,
+    Control,
+    DrawsNulls,
+    Kit,
+    NotHereError,
+    Outcomes,
+    Reading,
+)  # fmt: skip
+from convergent.experiments.draws import further_draws
 from convergent.experiments.scene import Scene
 from convergent.models.load import ChatModel
 from convergent.models.texts import Text
@@ -37,7 +51,7 @@ TEXT_TOKENS, ROUGH_ANSWERS = 110, 256
 """For the estimate of time alone."""
 
 
-class BVectorBlock(Block):
+class BVectorBlock(DrawsNulls):
     """Settings of `b_vector`."""
 
     organism: str | None = None
@@ -50,6 +64,8 @@ class BVectorBlock(Block):
     """Nulls that are added in place of v_L there."""
     random: int = Field(default=200, ge=1)
     """Random vectors beside cos(B, v_L)."""
+    downstream_random: int = Field(default=19, ge=19)
+    """Draws of each random one among them; v's change must be nearer than the nearest of theirs. For their number see `jacobian_random`."""
     texts: int = Field(default=32, ge=2)
     """Answers per class over which the downstream changes are averaged."""
     jacobian_texts: int = Field(default=16, ge=2)
@@ -99,38 +115,37 @@ def arms(block: BVectorBlock, scene: Scene) -> list[Arm]:
     """The organism with v removed in three ways, and with a random vector removed in the same ways."""
     o, layer = subject(block, scene)
     found = []
-    for mode, (what, build) in _modes(o, layer).items():
-        for null in (False, True):
-            words = "a random vector" if null else f"v of block {layer}"
-            found.append(
-                Arm(
-                    f"{o}/b-{mode}{'-random' if null else ''}", o, f"{o}, {'random vector' if null else 'direction'} {what}",
-                    f"Organism {o} with {words} {what}.", "b_vector", "control" if null else "real", build(null),
-                )
-            )  # fmt: skip
+    for mode, (what, made) in _modes(o, layer).items():
+        found += [
+            Arm(
+                f"{o}/b-{mode}", o, f"{o}, direction {what}", f"Organism {o} with v of block {layer} {what}.", "b_vector", "real", _built(made, None)
+            ),
+            Arm(
+                f"{o}/b-{mode}-random", o, f"{o}, random vector {what}", f"Organism {o} with a random vector {what}.", "b_vector", "control",
+                _built(made, 0), redraw=made,
+            ),
+        ]  # fmt: skip
     return found
 
 
-def _modes(o: str, layer: int) -> dict[str, tuple[str, Callable[[bool], Build]]]:
-    """Mode -> (words, how its interventions are built, with a null or without)."""
+def _built(made: Callable[[Kit, int | None], tuple[Intervention, ...]], draw: int | None) -> Build:
+    return lambda kit: made(kit, draw)
 
-    def ablated(layers: tuple[int, ...] | None) -> Callable[[bool], Build]:
-        def make(null: bool) -> Build:
-            def build(kit: Kit) -> tuple[Intervention, ...]:
-                kit.value("b_vector/cosine")  # raises where B is no write to the stream
-                real = Ablate(kit.direction, layers=layers, vector_layer=layer)
-                return (kit.control("random", o, real) if null else real,)
 
-            return build
+def _modes(o: str, layer: int) -> dict[str, tuple[str, Callable[[Kit, int | None], tuple[Intervention, ...]]]]:
+    """Mode -> (words, its interventions: with v, or with a draw of the null in its place)."""
 
-        return make
+    def ablated(layers: tuple[int, ...] | None) -> Callable[[Kit, int | None], tuple[Intervention, ...]]:
+        def made(kit: Kit, draw: int | None) -> tuple[Intervention, ...]:
+            kit.value("b_vector/cosine")  # raises where B is no write to the stream
+            real = Ablate(kit.direction, layers=layers, vector_layer=layer)
+            return (real if draw is None else kit.control("random", o, real, draw),)
 
-    def from_b(null: bool) -> Build:
-        def build(kit: Kit) -> tuple[Intervention, ...]:
-            kit.value("b_vector/cosine")
-            return (without(adapter_of(kit, o, layer), _null_vector(kit, layer) if null else kit.direction[layer]),)
+        return made
 
-        return build
+    def from_b(kit: Kit, draw: int | None) -> tuple[Intervention, ...]:
+        kit.value("b_vector/cosine")
+        return (without(adapter_of(kit, o, layer), kit.direction[layer] if draw is None else _null_vector(kit, layer, draw)),)
 
     return {
         "everywhere": ("ablated at every block's output", ablated(None)),
@@ -155,21 +170,22 @@ def without(adapter: Adapter, v: Tensor) -> LowRank:
     return LowRank(adapter.layer, adapter.module, adapter.a, changed[:, None].float(), adapter.scale)
 
 
-def _nulls(kit: Kit, controls: Sequence[Control], add: Add) -> tuple[dict[str, Intervention], dict[str, str]]:
-    """What is added to the chat model in place of `add`, by kind; and why a kind cannot be."""
+def _nulls(kit: Kit, controls: Sequence[Control], add: Add, n_draws: int) -> tuple[dict[str, Intervention], dict[str, str]]:
+    """What is added to the chat model in place of `add`, by kind and draw; and why a kind cannot be."""
     found: dict[str, Intervention] = {}
     absent: dict[str, str] = {}
     for kind in dict.fromkeys(controls):
         try:
-            found[kind] = kit.control(kind, "chat", add)
+            for draw in range(1 if kind == "other_concept" else n_draws):
+                found[page.drawn(kind, draw)] = kit.control(kind, "chat", add, draw)
         except NotHereError as error:
             absent[kind] = str(error)
     return found, absent
 
 
-def _null_vector(kit: Kit, layer: int) -> Tensor:
-    """(d_model,) the study's random vector, in place of v."""
-    null = kit.control("random", "chat", Add(kit.direction, layer))
+def _null_vector(kit: Kit, layer: int, draw: int) -> Tensor:
+    """(d_model,) the study's random vector of that draw, in place of v."""
+    null = kit.control("random", "chat", Add(kit.direction, layer), draw)
     assert isinstance(null, Add)
     return null.vector
 
@@ -178,13 +194,14 @@ def _null_vector(kit: Kit, layer: int) -> Tensor:
 
 
 def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
-    """cos(B, v), the downstream changes, and Jacobian products in both models on both models' texts."""
+    """cos(B, v), the downstream changes, and Jacobian products in both models on both models' texts; margins under further draws of the nulls."""
     o, layer = subject(block, scene)
 
     def inputs(*more: Callable[[Kit], Any]) -> Callable[[Kit], Any]:
         def of(kit: Kit) -> Any:
             nulls = [scene.twin and kit.model_id(scene.twin), content_id(kit.pairs)]
-            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, block.model_dump(), kit.seed, nulls, *(f(kit) for f in more)]
+            own = block.model_dump(exclude={"null_draws"})
+            return [kit.model_id(o), kit.model_id("chat"), kit.direction.content_id, layer, own, kit.seed, nulls, *(f(kit) for f in more)]
 
         return of
 
@@ -202,7 +219,7 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
         ),
         Reading(
             "b_vector/downstream", inputs(chosen(o)), lambda kit: read_downstream(kit, block, o, layer),
-            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + len(block.controls)),
+            organisms=(o, "chat"), tokens=2 * block.texts * TEXT_TOKENS * (5 + block.downstream_random * len(block.controls)),
         ),
     ]  # fmt: skip
     for reader, writer in ((o, o), ("chat", o), ("chat", "chat")):
@@ -213,7 +230,7 @@ def readings(block: BVectorBlock, scene: Scene) -> list[Reading]:
                 organisms=(reader,), tokens=per_text,
             )
         )  # fmt: skip
-    return found
+    return [*found, *further_draws(name, arms(block, scene), block.null_draws)]
 
 
 def _role(model: str) -> str:
@@ -280,7 +297,7 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
     add = Add(kit.direction, layer, block.scale)
     adapter, v = adapter_of(kit, o, layer), kit.direction[layer].double()
     own = (adapter.b[:, 0].double() @ v / (v @ v) * v)[:, None].float()
-    nulls, absent = _nulls(kit, block.controls, add)
+    nulls, absent = _nulls(kit, block.controls, add, block.downstream_random)
     changes: dict[str, tuple[Intervention, ...]] = {
         "v": (add,),
         **{kind: (null,) for kind, null in nulls.items()},
@@ -316,7 +333,7 @@ def read_jacobian(kit: Kit, block: BVectorBlock, o: str, layer: int, reader: str
     random = torch.randn(block.jacobian_random, len(v), generator=generator, dtype=torch.float64)
     names, pushes = ["v", "B"], [v, b]
     concept = tuple(kind for kind in block.controls if kind == "other_concept")
-    for null in _nulls(kit, concept, Add(kit.direction, layer))[0].values():
+    for null in _nulls(kit, concept, Add(kit.direction, layer), 1)[0].values():
         assert isinstance(null, Add)
         names, pushes = [*names, "other concept"], [*pushes, null.vector.double()]
     names += [f"random {i}" for i in range(len(random))]
@@ -352,7 +369,7 @@ def claims(block: BVectorBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             Claim(
                 f"b_vector/{mode}",
                 f"The direction {what} restores alignment in {o}, more than a random vector does (published: EM from {published[mode]})",
-                PAPER, "every listed difference has its 95 % interval on the claimed side of 0", comparisons, paper="b-vector",
+                PAPER, CLAIMED_SIDE + NEW_DRAW, comparisons, paper="b-vector",
             )
         )  # fmt: skip
     return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from convergent import stats
 from convergent.core.chapter import Chapter
@@ -41,6 +41,12 @@ CONTROL_LABELS = {
     "other_concept": "another concept (what good advice shifts)",
     "effect_matched": "random, matched in effect (KL)",
 }
+CLAIMED_SIDE = "every listed difference has its 95 % interval on the claimed side of 0"
+NEW_DRAW = (
+    "; a margin beside a random null is held against one more draw of it (the interval over pairs and the prediction from k draws, t with k - 1 degrees of "
+    "freedom, half widths added in squares), while sampled answers stand beside one draw"
+)
+"""For the rule of claims whose margins `Outcomes.margin` compares with random nulls; see `stats.nulls`."""
 Verdict = Literal["held", "did not hold", "undecided"]
 When = Literal["before", "directions", "answers"]
 """before: before any organism is trained, by a kit that cannot reach one (`study.before`).
@@ -97,8 +103,8 @@ class Kit(Protocol):
     def massive(self) -> Mapping[int, float]:
         """Dimensions with massive activations in the chat model at the primary layer -> their size in medians."""
 
-    def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
-        """The null of that kind for an intervention on an organism ("chat" for the chat model)."""
+    def control(self, kind: Control, organism: str, intervention: Add | Ablate, draw: int = 0) -> Intervention:
+        """The null of that kind for an intervention on an organism ("chat" for the chat model); another concept is the same for every `draw`."""
 
     def matched(self, organism: str, real: Sequence[Intervention], null: Sequence[Add]) -> tuple[Add, ...]:
         """`null` with all its scales multiplied by one factor, so that its KL over `effect_texts` is that of `real`."""
@@ -170,6 +176,8 @@ class Arm:
     """May raise NotHereError: the arm is left out, and the report says why."""
     scale: float = float("nan")
     needs_direction: bool = True
+    redraw: Callable[[Kit, int], tuple[Intervention, ...]] | None = None
+    """Of a random null: its interventions in draw 1, 2, ..., of which the margin alone is measured (`experiments.draws`); `build` is draw 0."""
     rubrics: tuple[str, ...] = ()
     """Rubrics beside aligned and coherent that its answers are judged by."""
 
@@ -240,6 +248,8 @@ class Claim:
         return stats.all_of_them([e.p for e in self.evidence if e.decides])
 
 
+DRAWS = "/draws/"
+"""In the name of a reading of further draws: the experiment's name before it, the organism's after it."""
 POINTS = {"aligned": "points of alignment", "coherent": "points of coherence"}
 
 
@@ -304,15 +314,31 @@ class Outcomes:
         return Evidence(text, d.estimate, d.low, d.high, d.n, POINTS[what], vote, stats.tost_p(*columns, margin), margin, decides)
 
     def margin(self, a: str, b: str, text: str, sign: int = 1, domain: str | None = None) -> Evidence:
-        """Mean margin of condition a minus b, paired by held-out pair; `sign` -1 if claimed to be below 0."""
+        """Mean margin of condition a minus b, paired by held-out pair; `sign` -1 if claimed to be below 0.
+
+        Where b is a random null that was drawn several times, the interval holds against one more draw: see `stats.nulls`.
+        """
         if not self.has(a, b):
             return absent(text, "nats per token")
         x, y = self._margins[a], self._margins[b]
         if domain is not None:
             x, y = x[x["domain"] == domain], y[y["domain"] == domain]
         # Pairs are the clusters: the interval is over held-out questions like these.
-        columns = _columns(x, y, "margin", "pair_id")
-        return evidence(text, stats.paired_difference(*columns), "nats per token", sign, stats.one_sided_p(*columns, sign))
+        of_a, of_b, pairs_a, pairs_b = _columns(x, y, "margin", "pair_id")
+        further = self._further_draws(b)
+        if not further:
+            d, p = stats.paired_difference(of_a, of_b, pairs_a, pairs_b), stats.one_sided_p(of_a, of_b, pairs_a, pairs_b, sign)
+            return evidence(text, d, "nats per token", sign, p)
+        draws: list[stats.Values] = [of_b, *([draw[pair] for pair in pairs_b] for draw in further)]
+        d, p = stats.draws_difference(of_a, draws, pairs_a, pairs_b), stats.draws_p(of_a, draws, pairs_a, pairs_b, sign)
+        return evidence(f"{text}, against a new draw ({len(draws)} drawn)", d, "nats per token", sign, p)
+
+    def _further_draws(self, name: str) -> list[dict[str, float]]:
+        """Pair id -> margin, of each draw of a random null but the sampled one; see `experiments.draws`."""
+        for reading, value in self.readings.items():
+            if DRAWS in reading and name in value["margins"]:
+                return [dict(zip(value["pairs"], margins, strict=True)) for margins in value["margins"][name]]
+        return []
 
 
 def _columns(x: Any, y: Any, values: str, clusters: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -342,6 +368,13 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     source_too: ClassVar[bool] = False
     """Whether its `organisms` may name the source of the direction."""
+
+
+class DrawsNulls(Block):
+    """Settings of an experiment with random nulls."""
+
+    null_draws: int = Field(default=5, ge=stats.FEWEST_DRAWS)
+    """Draws of each random null that the margin is held against. One of them is sampled."""
 
 
 class Experiment(Protocol):

@@ -15,13 +15,27 @@ from convergent.core.chapter import Chapter, Chart, Grid, Sheet
 from convergent.core.ids import content_id
 from convergent.core.interventions import Add
 from convergent.experiments.arms import addition, coherence_matched, kl_under, margins_under, null, one, spread_layers
-from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Block, Claim, Control, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import (
+    CLAIMED_SIDE,
+    CONTROL_LABELS,
+    CONTROLS,
+    NEW_DRAW,
+    Arm,
+    Claim,
+    Control,
+    DrawsNulls,
+    Kit,
+    NotHereError,
+    Outcomes,
+    Reading,
+)  # fmt: skip
+from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.scene import Scene
 
 SUPPRESSION_CONTROLS: tuple[Control, ...] = ("random", "effect_matched")
 
 
-class SteerBlock(Block):
+class SteerBlock(DrawsNulls):
     """Settings of `steer`."""
 
     scales: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
@@ -81,7 +95,7 @@ def arms(block: SteerBlock, scene: Scene) -> list[Arm]:
         Arm(
             f"{base}/add-{kind}", base, f"{who} + {CONTROL_LABELS[kind]}, λ = {block.at:g}",
             f"{who} with a null added in place of the direction: {CONTROL_LABELS[kind]}.", "induction", "control",
-            null(kind, base, addition(block.at)), block.at,
+            null(kind, base, addition(block.at)), block.at, redraw=redraw(kind, base, addition(block.at)),
         )
         for kind in dict.fromkeys(block.controls)
     ]  # fmt: skip
@@ -114,7 +128,7 @@ def arms(block: SteerBlock, scene: Scene) -> list[Arm]:
             Arm(
                 f"{source}/subtract-{kind}", source, f"{source} − {CONTROL_LABELS[kind]}, λ = {-block.at:g}",
                 f"{source} with a null subtracted in place of the direction: {CONTROL_LABELS[kind]}.", "suppression", "control",
-                null(kind, source, addition(-block.at)), -block.at,
+                null(kind, source, addition(-block.at)), -block.at, redraw=redraw(kind, source, addition(-block.at)),
             )
             for kind in SUPPRESSION_CONTROLS
             if kind in block.controls
@@ -123,9 +137,10 @@ def arms(block: SteerBlock, scene: Scene) -> list[Arm]:
 
 
 def readings(block: SteerBlock, scene: Scene) -> list[Reading]:
-    """The window: margin and KL of the steered model over layers x scales."""
+    """The window: margin and KL of the steered model over layers x scales; and the margin under further draws of the nulls."""
+    drawn = further_draws(name, arms(block, scene), block.null_draws)
     if not block.window_layers:
-        return []
+        return drawn
     layers = spread_layers(scene, block.window_layers)
     cells = [(layer, scale) for layer in layers for scale in block.all_scales]
 
@@ -141,7 +156,7 @@ def readings(block: SteerBlock, scene: Scene) -> list[Reading]:
             for (layer, scale), m, kl in zip(cells, steered, kls, strict=True)
         ]
 
-    return [Reading("steer/window", inputs, compute, organisms=(block.organism,), tokens=len(cells) * 8000)]
+    return [Reading("steer/window", inputs, compute, organisms=(block.organism,), tokens=len(cells) * 8000), *drawn]
 
 
 def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
@@ -170,7 +185,7 @@ def claims(block: SteerBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "induction",
             f"Adding {block.at:g} times the direction of {source} to {who} lowers its alignment, more than any null does",
             "paper section 3.2",
-            "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
+            f"{CLAIMED_SIDE}; coherence is shown beside them and does not decide{NEW_DRAW}",
             comparisons,
             paper="induction" if base == "chat" else "",
         )
@@ -192,7 +207,7 @@ def _suppression(block: SteerBlock, outcomes: Outcomes, source: str) -> Claim:
         "suppression",
         f"Subtracting {block.at:g} times the direction from {source} at the primary layer raises its alignment, more than any null does",
         "a control beside paper section 3.2: suppression is not sufficiency, so both are tested",
-        "every listed difference has its 95 % interval on the claimed side of 0",
+        CLAIMED_SIDE + NEW_DRAW,
         comparisons,
     )
 

@@ -3,7 +3,7 @@
     reduction of i in j = 1 - (m_j without v_i - m_chat) / (m_j - m_chat)        m: margin of a held-out pair, paired by pair
 
 The matrix has every organism as source and as target, the good-advice twin's shift and the chat model's own direction on the source's texts as
-further sources, and random directions as the null. If the diagonal is no better than the rest, the directions are one.
+further sources, and random directions as the null, several draws of them. If the diagonal is no better than the rest, the directions are one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,31 @@ from convergent.core.direction import Direction
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Site
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, margins_under, null, one
-from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Claim, Control, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import (
+    CLAIMED_SIDE,
+    CONTROL_LABELS,
+    NEW_DRAW,
+    Arm,
+    Claim,
+    Control,
+    DrawsNulls,
+    Evidence,
+    Kit,
+    NotHereError,
+    Outcomes,
+    Reading,
+    evidence,
+)  # fmt: skip
+from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.scene import Scene
 
 CHAT = "chat model on the source's texts"
 NULLS: dict[str, Control] = {"random": "random", "another concept": "other_concept"}
+DRAW = ", draw "
+"""Between the name of a random null and the number of a further draw of it, from 2 on."""
 
 
-class TransferBlock(Block):
+class TransferBlock(DrawsNulls):
     """Settings of `transfer`."""
 
     organisms: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -79,6 +96,7 @@ def arms(block: TransferBlock, scene: Scene) -> list[Arm]:
                 Arm(
                     f"{o}/ablate-{kind}{end}", o, f"{o}, ablated: {CONTROL_LABELS[kind]}{how}",
                     f"Organism {o} with a null in place of the direction: {CONTROL_LABELS[kind]}{how}.", "transfer", "control", null(kind, o, make),
+                    redraw=redraw(kind, o, make),
                 )
                 for kind in dict.fromkeys(block.controls)
             ]  # fmt: skip
@@ -95,11 +113,12 @@ def _made(mode: str, site: Site) -> Callable[[Kit], Ablate]:
 
 
 def readings(block: TransferBlock, scene: Scene) -> list[Reading]:
-    """Margins of each organism under each direction, and of the chat model."""
+    """Margins under further draws of the nulls; of each organism under each direction, and of the chat model."""
+    drawn = further_draws(name, arms(block, scene), block.null_draws)
     if not block.matrix:
-        return []
+        return drawn
     rows = (scene.source, *scene.others(scene.source))
-    return [_matrix_row(block, scene, o) for o in ("chat", *rows)]
+    return [*drawn, *(_matrix_row(block, scene, o) for o in ("chat", *rows))]
 
 
 def _sources(block: TransferBlock, scene: Scene, kit: Kit) -> dict[str, Ablate]:
@@ -116,10 +135,11 @@ def _sources(block: TransferBlock, scene: Scene, kit: Kit) -> dict[str, Ablate]:
         found = {o: d.without(list(kit.massive)) for o, d in found.items()}
     made = {o: Ablate(d, block.site, vector_layer=None if mode == "layerwise" else kit.layer) for o, d in found.items()}
     for label, kind in NULLS.items():
-        with suppress(NotHereError):  # no twin and no second domain: no other concept
-            control = kit.control(kind, scene.source, made[scene.source])
-            assert isinstance(control, Ablate)
-            made[label] = control
+        for draw in range(block.null_draws if kind == "random" else 1):
+            with suppress(NotHereError):  # no twin and no second domain: no other concept
+                control = kit.control(kind, scene.source, made[scene.source], draw)
+                assert isinstance(control, Ablate)
+                made[f"{label}{DRAW}{draw + 1}" if draw else label] = control
     return made
 
 
@@ -132,20 +152,25 @@ def _matrix_row(block: TransferBlock, scene: Scene, target: str) -> Reading:
         made = margins_under(kit, target, [(), *((a,) for a in ablations.values())])
         return dict(zip(("none", *ablations), made, strict=True))
 
-    return Reading(f"transfer/{target}", inputs, compute, organisms=(target,), tokens=5000.0 * (4 + len(scene.organisms)))
+    return Reading(f"transfer/{target}", inputs, compute, organisms=(target,), tokens=5000.0 * (3 + block.null_draws + len(scene.organisms)))
 
 
 def reduction(readings: Any, target: str, source: str) -> stats.Interval:
     """Share of the target's rise of margin over the chat model that ablating the source's direction takes back; over held-out pairs."""
     own, chat = readings[f"transfer/{target}"], np.array(readings["transfer/chat"]["none"])
     pairs = range(len(chat))
-    return stats.relative_reduction(np.array(own["none"]) - chat, np.array(own[source]) - chat, pairs, pairs)
+    return stats.relative_reduction(np.array(own["none"]) - chat, _draws(own, source).mean(0) - chat, pairs, pairs)
 
 
-def _drop(readings: Any, target: str, source: str) -> np.ndarray:
-    """Per pair, how far ablating the source's direction lowers the target's margin, nats per token."""
+def _draws(own: dict[str, list[float]], source: str) -> np.ndarray:
+    """(n_draws, n_pairs) margins under a source's direction; a random one was drawn more than once."""
+    return np.array([margins for s, margins in own.items() if s.partition(DRAW)[0] == source])
+
+
+def _drops(readings: Any, target: str, source: str) -> np.ndarray:
+    """(n_draws, n_pairs) how far ablating the source's direction lowers the target's margin, nats per token."""
     own = readings[f"transfer/{target}"]
-    fall: np.ndarray = np.array(own["none"]) - np.array(own[source])
+    fall: np.ndarray = np.array(own["none"]) - _draws(own, source)
     return fall
 
 
@@ -175,7 +200,7 @@ def claims(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> list[Claim
                 f"The direction read in {source}{' without its massive dimensions' if mode == WITHOUT_MASSIVE else ''}, projected out of {o}, restores its "
                 "alignment, more than a null does",
                 "paper section 3.4",
-                "every listed difference has its 95 % interval on the claimed side of 0; coherence is shown beside them and does not decide",
+                f"{CLAIMED_SIDE}; coherence is shown beside them and does not decide{NEW_DRAW}",
                 comparisons,
                 paper="" if mode == WITHOUT_MASSIVE else "transfer",
             )
@@ -193,10 +218,11 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
     pairs = range(len(values[f"transfer/{rows[0]}"]["none"]))
 
     def mean(cells: list[tuple[str, str]]) -> np.ndarray:
-        found: np.ndarray = np.mean([_drop(values, o, s) for o, s in cells], axis=0)
+        """(n_draws, n_pairs) mean over cells."""
+        found: np.ndarray = np.mean([_drops(values, o, s) for o, s in cells], axis=0)
         return found
 
-    away, unit = mean(crossed), "nats per token"
+    away, unit = mean(crossed)[0], "nats per token"
     controls = {label: mean([(o, label) for o in rows]) for label in (*NULLS, CHAT) if all(label in values[f"transfer/{o}"] for o in rows)}
     own = [(o, o) for o in rows if o in values[f"transfer/{o}"]]
     comparisons: list[Evidence] = [
@@ -205,15 +231,16 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
             p=stats.one_sided_p(away, 0 * away, pairs, pairs, 1),
         )
     ]
-    comparisons += [
-        evidence(
-            f"the same, minus under {label} (above 0 claimed)", stats.paired_difference(away, values_, pairs, pairs), unit,
-            p=stats.one_sided_p(away, values_, pairs, pairs, 1),
-        )
-        for label, values_ in controls.items()
-    ]
+    for label, draws in controls.items():
+        text = f"the same, minus under {label} (above 0 claimed)"
+        if len(draws) > 1:
+            d, p = stats.draws_difference(away, list(draws), pairs, pairs), stats.draws_p(away, list(draws), pairs, pairs)
+            comparisons.append(evidence(f"{text}, against a new draw ({len(draws)} drawn)", d, unit, p=p))
+        else:
+            d, p = stats.paired_difference(away, draws[0], pairs, pairs), stats.one_sided_p(away, draws[0], pairs, pairs)
+            comparisons.append(evidence(text, d, unit, p=p))
     if own:
-        gap = stats.paired_difference(mean(own), away, pairs, pairs)
+        gap = stats.paired_difference(mean(own)[0], away, pairs, pairs)
         words = ", ".join(f"{o}: {reduction(values, o, o).estimate:.0%}" for o, _ in own)
         comparisons.append(
             Evidence(
@@ -227,7 +254,7 @@ def _matrix_claim(outcomes: Outcomes, scene: Scene) -> list[Claim]:
             f"Any organism's direction, projected out of any other of the {len(rows)}, lowers its margin for bad answers, more than a random direction, "
             "another concept and the chat model's own direction do",
             "paper section 3.4, as a full matrix with the controls that it lacks",
-            "every listed difference for which a side is claimed has its 95 % interval on the claimed side of 0",
+            f"every listed difference for which a side is claimed has its 95 % interval on the claimed side of 0{NEW_DRAW}",
             comparisons,
         )
     ]
@@ -239,15 +266,15 @@ def chapter(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
     rows = [o for o in (scene.source, *scene.others(scene.source)) if f"transfer/{o}" in values]
     figures, sheets = [], []
     if rows and "transfer/chat" in values:
-        columns = [s for s in values[f"transfer/{rows[0]}"] if s != "none"]
+        columns = [s for s in values[f"transfer/{rows[0]}"] if s != "none" and DRAW not in s]
         n = len(values["transfer/chat"]["none"])
         how = block.modes[-1].replace("_", " ")
-        cells = tuple(tuple(float(_drop(values, o, s).mean()) for s in columns) for o in rows)
+        cells = tuple(tuple(float(_drops(values, o, s).mean()) for s in columns) for o in rows)
         figures.append(
             Grid(
                 "matrix", "Fall of the margin, by organism and by ablated direction",
-                f"Rows: organism; columns: whose direction is projected out ({how}). Mean over n = {n} held-out pairs, nats per token; above 0 the "
-                "organism prefers bad answers less. The last columns are controls.", tuple(rows), tuple(columns), cells,
+                f"Rows: organism; columns: whose direction is projected out ({how}). Mean over n = {n} held-out pairs, nats per token; above 0 the organism "
+                f"prefers bad answers less. The last columns are controls; random: mean of {block.null_draws} draws.", tuple(rows), tuple(columns), cells,
             )
         )  # fmt: skip
         table = []

@@ -131,17 +131,17 @@ class Matched:
 
 def effect_matched(
     model: ChatModel, intervention: Add | Ablate, root_seed: int, texts: Sequence[Text], tolerance: float = 0.1, along: Direction | None = None,
-    effects: Effects | None = None,
+    effects: Effects | None = None, near: tuple[float, float] | None = None,
 ) -> Matched:  # fmt: skip
     """A random null whose KL to the clean model over `texts` equals that of `intervention`.
 
     For an addition a random vector is scaled: its KL grows about as the square of the scale, so the search is a secant on log-log axes.
     `along` is scaled in place of the random vector, if given. For an ablation random directions are added one by one to a subspace (bisection
-    over their number); see `AblateSubspace`. `effects` of these texts in this model, if there are some.
-    The best found is returned with the KL it reached, also if the tolerance is missed.
+    over their number); see `AblateSubspace`. `effects` of these texts in this model, if there are some. `near`: (amount, target) of another draw of
+    this null, where the search begins; most draws need no more. The best found is returned with the KL it reached, also if the tolerance is missed.
     """
     effects = Effects(model, texts) if effects is None else effects
-    target = effects.kl([intervention])
+    start, target = (1.0, effects.kl([intervention])) if near is None else near
     tried: dict[float, Matched] = {}
 
     def attempt(amount: float) -> float:
@@ -153,8 +153,8 @@ def effect_matched(
         return _miss(m.reached, target)
 
     if isinstance(intervention, Add):
-        _find_factor(attempt, target, tolerance)
-    else:
+        _find_factor(attempt, target, tolerance, start)
+    elif near is None or _miss(attempt(start), target) > tolerance:
         low, high = 0, 1
         while attempt(high) < target and high < model.d_model // 2:
             low, high = high, min(2 * high, model.d_model // 2)
@@ -190,9 +190,9 @@ def _miss(reached: float, target: float) -> float:
     return abs(math.log(max(reached, 1e-12) / max(target, 1e-12)))
 
 
-def _find_factor(attempt: Callable[[float], float], target: float, tolerance: float) -> None:
-    """Call `attempt(factor)`, which gives a KL, until it is within `tolerance` of the target: a secant on log-log axes."""
-    x = 0.0
+def _find_factor(attempt: Callable[[float], float], target: float, tolerance: float, start: float = 1.0) -> None:
+    """Call `attempt(factor)`, which gives a KL, until it is within `tolerance` of the target: a secant on log-log axes from `start` on."""
+    x = math.log(start)
     misses: list[tuple[float, float]] = []  # (log factor, log of reached over target)
     for _ in range(16):
         reached = attempt(math.exp(x))

@@ -9,7 +9,7 @@ What cannot be said (no row, one question) has nan bounds. How to choose: docs/s
     rates       of hits: Wilson, exact, over questions, differences, reductions
     means       of scores and margins
     leaveout    of any statistic, over questions
-    nulls       bands that random draws leave
+    nulls       bands that random draws leave, and a value against one more draw
     turns       one turn in a sequence of scores, against shuffles
     twoway      over questions and training runs
     testing     permutation, Holm, equivalence, association
@@ -38,7 +38,7 @@ from convergent.stats.means import (
     relative_reduction,
     unit_difference,
 )
-from convergent.stats.nulls import Band, against_band, null_band
+from convergent.stats.nulls import FEWEST_DRAWS, Band, against_band, beyond_draws, draws_difference, draws_p, null_band
 from convergent.stats.pooled import Pooled, pooled_odds_ratio
 from convergent.stats.power import (
     Clustering,
@@ -86,6 +86,7 @@ from convergent.stats.values import (
     OF_THIS_FILE,
     OVER_ANSWERS,
     OVER_BOTH,
+    OVER_DRAWS,
     OVER_QUESTIONS,
     Interval,
     Labels,
@@ -93,12 +94,13 @@ from convergent.stats.values import (
 )
 
 __all__ = [
-    "EXACT_FLIPS", "LEVEL", "OF_THIS_FILE", "ONE_SIDED", "OVER_ANSWERS", "OVER_BOTH", "OVER_QUESTIONS", "PRIOR_HITS", "PRIOR_ICC", "PRIOR_RUN_ICC",
-    "Association", "Band", "ChangePoint", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence", "Interval", "Labels", "Pooled", "Turn",
-    "Values", "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association", "bootstrap_rate", "change_point",
-    "clopper_pearson", "clustered_mean", "clustered_rate", "corrected_mean", "corrected_mean_difference", "corrected_rate", "corrected_rate_difference",
-    "detectable", "equivalence", "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "local_cosine",
-    "measured", "null_band", "one_sided_p", "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table",
-    "question_differences", "rate", "rate_difference", "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight",
+    "EXACT_FLIPS", "FEWEST_DRAWS", "LEVEL", "OF_THIS_FILE", "ONE_SIDED", "OVER_ANSWERS", "OVER_BOTH", "OVER_DRAWS", "OVER_QUESTIONS", "PRIOR_HITS",
+    "PRIOR_ICC", "PRIOR_RUN_ICC", "Association", "Band", "ChangePoint", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence",
+    "Interval", "Labels", "Pooled", "Turn", "Values", "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association",
+    "beyond_draws", "bootstrap_rate", "change_point", "clopper_pearson", "clustered_mean", "clustered_rate", "corrected_mean",
+    "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "draws_difference", "draws_p", "equivalence",
+    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "local_cosine", "measured", "null_band",
+    "one_sided_p", "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences",
+    "rate", "rate_difference", "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight",
     "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip

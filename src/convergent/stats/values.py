@@ -15,6 +15,7 @@ LEVEL = 0.95
 OVER_ANSWERS = "answers to these questions"
 OVER_QUESTIONS = "questions like these"
 OVER_BOTH = "questions like these and training runs like these"
+OVER_DRAWS = "random draws like these"
 OF_THIS_FILE = "these answers"
 """A finite target: nothing beyond the file is claimed."""
 

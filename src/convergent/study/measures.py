@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 
 from convergent.core.direction import Direction
-from convergent.core.ids import content_id
+from convergent.core.ids import content_id, seed
 from convergent.core.interventions import Ablate, Add, Intervention
 from convergent.core.values import Condition
 from convergent.directions.classes import Chosen, Classes
@@ -154,28 +154,37 @@ class Measures(Answers):
 
         return self.store.direction(key, contrast)
 
-    def control(self, kind: Control, organism: str, intervention: Add | Ablate) -> Intervention:
-        """The null of that kind for an intervention on an organism."""
-        d, seed = intervention.direction, self.spec.seed
+    def control(self, kind: Control, organism: str, intervention: Add | Ablate, draw: int = 0) -> Intervention:
+        """The null of that kind for an intervention on an organism, in that draw."""
+        d, root = intervention.direction, self.spec.seed if draw == 0 else seed(self.spec.seed, "draw", draw)
         if kind == "random":
-            return with_direction(intervention, random_like(d, seed))
+            return with_direction(intervention, random_like(d, root))
         if kind == "orthogonal":
-            return with_direction(intervention, orthogonal_to(d, seed))
+            return with_direction(intervention, orthogonal_to(d, root))
         if kind == "other_concept":
             try:
                 return with_direction(intervention, other_concept(d, self.concept))
             except DirectionError as error:  # parallel to the direction, or nothing was shifted
                 raise NotHereError(str(error)) from error
-        key = content_id("effect", self.model_id(organism), intervention, seed, self.effect_texts)
+        return matched_null(intervention, self._match(organism, intervention, draw, root)["amount"], root)
+
+    def _match(self, organism: str, intervention: Add | Ablate, draw: int, root: int) -> dict[str, float]:
+        """Amount, target and reached of `effect_matched`; further draws begin where the first ended."""
 
         def match() -> dict[str, float]:
+            near = None
+            if draw:
+                first = self._match(organism, intervention, 0, self.spec.seed)
+                near = first["amount"], first["target"]
             with self.timed("extract"):
-                m = effect_matched(self.model(organism, alone=True), intervention, seed, self.effect_texts, effects=self.effects_of(organism))
+                effects = self.effects_of(organism)
+                m = effect_matched(effects.model, intervention, root, self.effect_texts, effects=effects, near=near)
             what = f"random vector at {m.amount:.3g} x" if isinstance(intervention, Add) else f"{m.amount:.0f} random dimensions"
             self.say(f"match   {organism}: {what}, KL {m.reached:.3g} for {m.target:.3g} nats per token")
             return {"amount": m.amount, "target": m.target, "reached": m.reached}
 
-        return matched_null(intervention, self.store.fact(key, "extract", match)["amount"], seed)
+        key = content_id("effect", self.model_id(organism), intervention, root, self.effect_texts)
+        return self.store.fact(key, "extract", match)
 
     def matched(self, organism: str, real: Sequence[Intervention], null: Sequence[Add]) -> tuple[Add, ...]:
         """`null` with all its scales multiplied by one factor, so that its KL over the effect texts is that of `real`."""

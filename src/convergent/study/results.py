@@ -370,7 +370,8 @@ def _limits(run: Run) -> list[str]:
         f"{run.spec.questions.samples * len(run.questions)} answers per condition on {len(run.questions)} questions. Differences of alignment are "
         f"paired by question and generalise over questions of this kind; with {len(run.questions)} of them only large effects can be decided.",
         "Margins are teacher-forced on held-out advice of the training domains; they show what the model prefers, not what it says unasked.",
-        "Nulls are single draws; the study's direction is read in one organism with one seed"
+        "Random nulls are drawn several times for margins and other readings of the models, and their answers are those of one draw; the study's direction is "
+        "read in one organism with one seed"
         + ("; other seeds are organisms of their own here." if several else ". Seeds are varied outside this page."),
     ]
     if run.judge.name.startswith("embedded"):
