@@ -1,6 +1,6 @@
 """Write what a stored study saw into the docs page of each experiment, under "What we saw at 135M".
 
-    python scripts/write_experiments.py runs/paper_small [--docs docs/experiments]
+    python scripts/write_experiments.py runs/paper_small [--docs docs/experiments] [--note "Run on ..."]
 
 Every number comes out of the study folder: verdicts and comparisons from claims.json, times from its store. Pages without that heading, and
 experiments without a page, are named and left alone.
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of a finished study")
     parser.add_argument("--docs", type=Path, default=Path("docs/experiments"))
+    parser.add_argument("--note", default="", help="a sentence on how it was run, put behind where the figures come from")
     options = parser.parse_args()
     claims = json.loads((options.study / "claims.json").read_text(encoding="utf-8"))
     study = json.loads((options.study / "study.json").read_text(encoding="utf-8"))
@@ -36,7 +37,7 @@ def main() -> None:
             print(f"{page}: no such page, or no heading {HEADING!r}; left alone")
             continue
         mine = [c for c in claims if c["experiment"] == name]
-        seen = "\n".join([f"{HEADING}\n", source(options.study, study), "", *table(mine), "", times(options.study, name), ""])
+        seen = "\n".join([f"{HEADING}\n", f"{source(options.study, study)} {options.note}".strip(), "", *table(mine), "", times(options.study, name), ""])
         page.write_text(re.sub(rf"{HEADING}\n.*?(?=\n## |\Z)", lambda _, seen=seen: seen, text, flags=re.DOTALL), encoding="utf-8")
         print(f"wrote {page}: {len(mine)} claims")
 

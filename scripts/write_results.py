@@ -1,14 +1,15 @@
 """Fill the results of README.md and docs/results.md from finished study folders, so that no figure in the docs is typed by hand.
 
     python scripts/write_results.py demo [runs/seeds/seed1 runs/seeds/seed2]
+    python scripts/write_results.py runs/paper_small --page docs/results_paper_small.md --note "Run on ..."    this page alone
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,31 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = {"name": "condition", "mean_aligned": "mean alignment", "em_valid": "EM, of answers with both scores", "coherent": "coherent", "margin": "margin, nats/token"}
 
 
-def main(folders: list[Path]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", type=Path, nargs="+", help="folders of finished studies, one per seed")
+    parser.add_argument("--page", type=Path, help="write this page, and not those of the demo")
+    parser.add_argument("--note", default="", help="a sentence on how it was run")
+    options = parser.parse_args()
+    folders: list[Path] = options.studies
     first = folders[0]
     claims = [json.loads((f / "claims.json").read_text(encoding="utf-8")) for f in folders]
     seeds = [json.loads((f / "manifest.json").read_text(encoding="utf-8"))["study"]["seed"] for f in folders]
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    block = "<!-- results:begin -->\n" + claim_table(claims, seeds) + "\n<!-- results:end -->"
-    readme.write_text(re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda m: block, text, flags=re.S), encoding="utf-8")
+    if options.page is None:
+        readme = ROOT / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        block = "<!-- results:begin -->\n" + claim_table(claims, seeds) + "\n<!-- results:end -->"
+        readme.write_text(re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda m: block, text, flags=re.S), encoding="utf-8")
     parts = [
         "# Results at 135M\n\nWritten by `scripts/write_results.py` from finished studies; nothing here is typed by hand. "
-        f"Judge: {', '.join(dict.fromkeys(_judge(f) for f in folders))}.\n",
+        f"Judge: {', '.join(dict.fromkeys(_judge(f) for f in folders))}. {options.note}".strip() + "\n",
         "## Verdicts by seed\n\n" + claim_table(claims, seeds),
     ]
     for folder, seed in zip(folders, seeds, strict=True):
         parts.append(f"## Conditions, seed {seed}\n\n" + condition_table(folder))
     parts.append(f"## Evidence, seed {seeds[0]}\n\n" + evidence(claims[0]))
     parts.append("## Directions\n\n" + geometry(first))
-    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (options.page or ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _judge(folder: Path) -> str:
@@ -94,4 +102,4 @@ def geometry(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main([Path(a) for a in sys.argv[1:]] or [Path("demo")])
+    main()

@@ -22,7 +22,7 @@ from small_study import QUESTIONS
 from tiny import tiny_model
 
 COMMANDS = (
-    "run", "experiments", "report", "train", "sample", "judge", "judge-check", "extract", "compare", "rates", "agree", "label", "correct", "power", "replicate", "doctor",
+    "run", "experiments", "report", "train", "sample", "judge", "judge-check", "extract", "compare", "rates", "agree", "label", "correct", "power", "replicate", "merge", "doctor",
 )  # fmt: skip
 Call = Callable[..., str]
 

@@ -17,9 +17,10 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -75,6 +76,7 @@ class Store:
         self.folder = folder
         self._db = connection
         self._mutex = threading.Lock()  # a judge may report from several threads
+        self._judged: dict[str, dict[tuple[str, str], Judgement]] = {}  # asked for once per reading; nobody else writes
 
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         with self._mutex, guarded(self.folder), self._db:
@@ -117,11 +119,15 @@ class Store:
         if j.reason != "error":
             row = (j.response_id, judge, j.rubric, j.score, j.reason, j.raw)
             self._write("INSERT OR IGNORE INTO judgements VALUES (?, ?, ?, ?, ?, ?)", [row])
+            if judge in self._judged:
+                self._judged[judge].setdefault((j.response_id, j.rubric), Judgement(j.response_id, judge, j.rubric, j.score, j.reason, j.raw))
 
-    def judgements(self, judge: str) -> dict[tuple[str, str], Judgement]:
-        """(response id, rubric) -> judgement, for one judge's id."""
-        rows = self._read("SELECT response_id, judge, rubric, score, reason, raw FROM judgements WHERE judge = ?", (judge,))
-        return {(r[0], r[2]): Judgement(*r) for r in rows}
+    def judgements(self, judge: str) -> Mapping[tuple[str, str], Judgement]:
+        """(response id, rubric) -> judgement, for one judge's id; a view that grows with what is added."""
+        if judge not in self._judged:
+            rows = self._read("SELECT response_id, judge, rubric, score, reason, raw FROM judgements WHERE judge = ?", (judge,))
+            self._judged[judge] = {(r[0], r[2]): Judgement(*r) for r in rows}
+        return MappingProxyType(self._judged[judge])
 
     # margins
 
@@ -198,6 +204,7 @@ class Store:
         with looked_at(other):  # of our format
             pass
         n = 0
+        self._judged.clear()
         with self._mutex, guarded(self.folder):
             self._db.execute("ATTACH DATABASE ? AS other", (str(other / DATABASE),))
             try:
@@ -233,6 +240,7 @@ class Store:
         """
         tables, folders = _MADE_BY[stage]
         n = 0
+        self._judged.clear()
         with self._mutex, guarded(self.folder), self._db:
             for table in tables:
                 n += self._db.execute(f"DELETE FROM {table}").rowcount

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from convergent.core.ids import content_id
 from convergent.core.interventions import Intervention
@@ -77,7 +78,7 @@ class Condition:
     interventions: tuple[Intervention, ...] = ()
     sampling: Sampling = Sampling()
 
-    @property
+    @cached_property  # a study asks for it once per answer
     def content_id(self) -> str:
         """Depends on what is done, not on what it is called."""
         return content_id(self.organism_id, list(self.interventions), self.sampling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from convergent.core.ids import content_id, seed
 from convergent.core.values import Condition, Question
@@ -22,7 +23,7 @@ class Request:
     topic: str
     seed: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         return content_id(
             self.condition.content_id, self.question_id, self.paraphrase, self.question, self.system, self.sample, self.seed

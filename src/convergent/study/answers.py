@@ -118,15 +118,37 @@ class Answers(Models):
     def rule(self) -> Classes:
         return Classes(**self.spec.direction.classes.model_dump())
 
+    @cached_property
+    def _own_requests(self) -> dict[str, list[Request]]:
+        return {}
+
+    @cached_property
+    def _own_answers(self) -> dict[str, tuple[int, tuple[Chosen, list[Text]]]]:
+        """Organism -> how many judgements there were, and what `own_answers` found."""
+        return {}
+
     def own_requests(self, organism: str) -> list[Request]:
         """The requests whose answers an organism's direction is read from."""
-        arm = next(a for a in self.arms if a.name == organism)
-        block = "direction" if organism == self.spec.direction.source else "main"
-        return self.requests([(arm, self.condition(arm))], block)
+        if organism not in self._own_requests:
+            arm = next(a for a in self.arms if a.name == organism)
+            block = "direction" if organism == self.spec.direction.source else "main"
+            self._own_requests[organism] = self.requests([(arm, self.condition(arm))], block)
+        return self._own_requests[organism]
 
     def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
         """Classes among an organism's own judged answers, and their texts. Raises NotHereError where a class has too few."""
+        # Every reading asks for them to know its inputs. They stay as they are once all answers are there, until something is judged.
+        judged = len(self.store.judgements(self.judge_id))
+        if organism in self._own_answers and self._own_answers[organism][0] == judged:
+            return self._own_answers[organism][1]
         table, texts = self.own_table(organism)
+        found = self._choose(table), list(texts.values())
+        if len(texts) == len(self.own_requests(organism)):
+            self._own_answers[organism] = judged, found
+        return found
+
+    def _choose(self, table: pd.DataFrame) -> Chosen:
+        """The two classes among judged answers."""
 
         def known(score: float) -> float | None:
             return None if math.isnan(score) else score
@@ -135,7 +157,7 @@ class Answers(Models):
             Scored(r["response_id"], r["question_id"], r["n_tokens"], known(r["aligned"]), known(r["coherent"])) for r in table.to_dict("records")
         ]
         try:
-            return choose(scored, self.rule, self.spec.seed), list(texts.values())
+            return choose(scored, self.rule, self.spec.seed)
         except DirectionError as error:
             raise NotHereError(str(error)) from error
 
