@@ -87,6 +87,21 @@ def test_settings_that_are_refused(folder):
         load_base(str(folder), dtype="float32", device="nonesuch")
 
 
+def test_a_converted_base_is_known_by_what_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other versions of the libraries convert to other bytes; a study goes on all the same, and folders of two machines merge."""
+    monkeypatch.setenv("CONVERGENT_CACHE", str(tmp_path / "cache"))
+    ids = []
+    for name, source in (("one", "{1}"), ("same", "{1}"), ("other", "{2}")):
+        folder = tmp_path / "cache" / "models" / name
+        shutil.copytree(tiny_model(), folder)
+        (folder / "tokenizer_config.json").write_text(name)
+        (folder / "source.json").write_text(source)
+        ids.append(folder_id(folder))
+    assert ids[0] == ids[1] != ids[2]
+    shutil.copytree(tmp_path / "cache" / "models" / "one", tmp_path / "copy")
+    assert folder_id(tmp_path / "copy") != ids[0]  # a copy is a folder like any other
+
+
 def test_who_wrote_a_config_is_no_part_of_its_id(tmp_path: Path) -> None:
     """A base converted anew by another version of transformers is the same base: studies keep their rows."""
     shutil.copytree(tiny_model(), tmp_path / "again")

