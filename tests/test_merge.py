@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,21 +23,40 @@ def tables(folder: Path) -> dict[str, str]:
     return {f.name: f.read_text() for f in sorted((folder / "tables").glob("*.csv")) if f.stem != "organisms"}
 
 
-def test_jobs_side_by_side_give_what_one_run_gives(tmp_path: Path) -> None:
-    study = write_study(tmp_path, small_study(tiny_model()))
-    assert main(["run", str(study), "--out", str(tmp_path / "one")]) == 0
+def small(experiments: dict[str, Any]) -> dict[str, Any]:
+    """One organism, and the experiments given."""
+    study = small_study(tiny_model())
+    return {**study, "organisms": {"A": study["organisms"]["A"]}, "experiments": {"plain": {}, **experiments}}
+
+
+TWO = {"ablate": {"modes": ["single"], "controls": ["random"], "null_draws": 3}, "steer": {"scales": [1], "control_scale": 1, "controls": ["random"], "window_layers": 0}}
+
+
+def test_blocks_run_in_folders_of_their_own_give_what_one_run_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = str(write_study(tmp_path, small(TWO)))
+    assert main(["run", study, "--out", str(tmp_path / "one")]) == 0
+    assert main(["run", study, "--out", str(tmp_path / "a"), "--only", "ablate"]) == 0
+    assert main(["run", study, "--out", str(tmp_path / "b"), "--only", "steer"]) == 0
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    capsys.readouterr()
+    assert main(["run", study, "--out", str(tmp_path / "a")]) == 0
+    assert "nothing is left to do but the report" in capsys.readouterr().out
+    assert len(tables(tmp_path / "one")) > 3 and tables(tmp_path / "a") == tables(tmp_path / "one")
+    assert (tmp_path / "a" / "claims.json").read_text() == (tmp_path / "one" / "claims.json").read_text()
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side(tmp_path: Path) -> None:
+    study = write_study(tmp_path, small(TWO))
     done = subprocess.run([sys.executable, str(SCRIPT), str(study), "--out", str(tmp_path / "many"), "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed" not in done.stdout and "training 3 organisms" in done.stdout and "merged only-1: 0 rows" not in done.stdout
-    assert len(tables(tmp_path / "one")) > 3 and tables(tmp_path / "many") == tables(tmp_path / "one")
-    assert json.loads((tmp_path / "many" / "claims.json").read_text()) == json.loads((tmp_path / "one" / "claims.json").read_text())
-    assert not (tmp_path / "many.jobs").exists()
+    assert "failed" not in done.stdout and "training 1 organisms" in done.stdout and "merged only-1: 0 rows" not in done.stdout
+    assert "nothing is left to do but the report" in done.stdout and not (tmp_path / "many.jobs").exists()
 
 
 def test_only_folders_of_one_study_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = small_study(tiny_model())
     for name, seed in (("a", 0), ("b", 1)):
-        path = write_study(tmp_path / name, {**study, "seed": seed, "experiments": {"plain": {}}, "organisms": {"A": study["organisms"]["A"]}})
+        path = write_study(tmp_path / name, {**small({}), "seed": seed})
         assert cli.main(["run", str(path), "--out", str(tmp_path / name / "out")]) == 0
     capsys.readouterr()
     assert cli.main(["merge", str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out")]) == 2
