@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from io import StringIO
 from typing import Any
@@ -133,20 +134,32 @@ def _inline(document: str, name: str, title: str, desc: str, size: tuple[float, 
 
 def _compact(tag: str, ids: Mapping[str, str]) -> str:
     """A tag of matplotlib's in a third of the bytes: colours of the page, its font (by the style sheet), tenths of a pixel."""
-    tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{ids[m[1]]}"' if m[1] in ids else "", tag)
-    tag = re.sub(r'(url\(#|href="#)([^)"]+)', lambda m: m[1] + ids[m[2]], tag).replace("xlink:href", "href")
-    tag = re.sub(r"#[0-9a-f]{6}\b", lambda m: css(m[0]) if m[0] in _VARIABLES else m[0], tag)
-    tag = re.sub(r"font: (\d+(?:\.\d+)?px) '[^\";]*", r"font-size: \1", tag)  # before matplotlib 3.11
-    tag = re.sub(r"font-family: [^\";]*;? ?|(?:; )?stroke-linejoin: (?:miter|round)| transform=\"rotate\(-0 [^)]*\)\"", "", tag)
+    # A page has a hundred thousand tags: what is not in a tag is not looked for.
+    if " id=" in tag:
+        tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{ids[m[1]]}"' if m[1] in ids else "", tag)
+    if "#" in tag:
+        tag = re.sub(r'(url\(#|href="#)([^)"]+)', lambda m: m[1] + ids[m[2]], tag).replace("xlink:href", "href")
+        tag = re.sub(r"#[0-9a-f]{6}\b", lambda m: css(m[0]) if m[0] in _VARIABLES else m[0], tag)
+    if "font" in tag:
+        tag = re.sub(r"font: (\d+(?:\.\d+)?px) '[^\";]*", r"font-size: \1", tag)  # before matplotlib 3.11
+        tag = re.sub(r"font-family: [^\";]*;? ?", "", tag)
+    if "stroke-linejoin" in tag or "rotate(-0" in tag:
+        tag = re.sub(r"(?:; )?stroke-linejoin: (?:miter|round)| transform=\"rotate\(-0 [^)]*\)\"", "", tag)
     tag = re.sub(r' (d|x|y)="([^"]*)"', lambda m: f' {m[1]}="{_rounded(m[2])}"', tag)
-    tag = re.sub(r' style="([^"]*)"', lambda m: f' style="{m[1].replace("; ", ";").replace(": ", ":")}"', tag)
-    return re.sub(r"(\d\.\d{2})\d+", r"\1", tag)
+    if " style=" in tag:
+        tag = re.sub(r' style="([^"]*)"', lambda m: f' style="{m[1].replace("; ", ";").replace(": ", ":")}"', tag)
+    return re.sub(r"(\d\.\d{2})\d+", r"\1", tag) if "." in tag else tag
 
 
 def _rounded(numbers: str) -> str:
     """Coordinates or the commands of a path, to a tenth of a pixel and without the spaces that nobody needs."""
-    short = re.sub(r"-?\d+\.\d+", lambda m: f"{round(float(m[0]), 1) + 0.0:g}", numbers)
+    short = re.sub(r"-?\d+\.\d+", lambda m: _tenth(m[0]), numbers)
     return re.sub(r"\s*([A-Za-z])\s*", r"\1", short).strip()
+
+
+@lru_cache(1 << 16)
+def _tenth(number: str) -> str:
+    return f"{round(float(number), 1) + 0.0:g}"
 
 
 def _without_bare_groups(body: str) -> str:
