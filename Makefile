@@ -37,7 +37,7 @@ test: $(DEV)
 
 # The real model, twenty seeds of a twin, whole studies of the paper on a tiny base: CI runs these too.
 slow: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(DEV)
 	$(BIN)/ruff check src tests scripts benchmarks

@@ -249,7 +249,9 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
 def found_in_twins(seed: int, folder: Path) -> tuple[dict[str, bool], dict[str, bool]]:
     """By claim of a study of twins: whether it held, and whether alignment differed from that of the organism, or chat model, as it is."""
     p = planted(seed)
-    study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=experiments("sound", "many_twin"))
+    # Three draws of each null, the fewest allowed: twenty studies take minutes.
+    blocks = {name: {**block, "null_draws": 3} if name != "plain" else block for name, block in experiments("sound", "many_twin").items()}
+    study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=blocks)
     study["questions"]["samples"] = 4
     study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
     study["margin"]["pairs"] = 4
