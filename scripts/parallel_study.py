@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,7 +53,9 @@ def main() -> None:
         with opened(options.out) as store:
             store.absorb(folder)
     say("what all experiments need")
-    call(["-m", "convergent.cli", "run", options.study, "--only", "plain"], options.out, options.changes, options.out.with_name(f"{options.out.name}.log"))
+    log = options.out.with_name(f"{options.out.name}.log")
+    if call(["-m", "convergent.cli", "run", options.study, "--only", "plain"], options.out, options.changes, log):
+        raise SystemExit(f"{options.study}: what all experiments need failed; see {log}")
     with opened(options.out) as store:
         stages = make_plan(Run(spec, store, compute=False))
     cost = {name: 60.0 + sum(s.seconds for s in stages if s.name == f"read {name}") for name in spec.experiments if name != "plain"}
@@ -64,7 +66,8 @@ def main() -> None:
     done = together(options, jobs, "only", parts, lambda names: ["-m", "convergent.cli", "run", options.study, *(x for n in names for x in ("--only", n))])
     for folder, n in merge_studies(options.out, done):
         say(f"merged {folder.name}: {n} rows")
-    call(["-m", "convergent.cli", "run", options.study, "--profile"], options.out, options.changes, None)
+    if failed := call(["-m", "convergent.cli", "run", options.study, "--profile"], options.out, options.changes, None):
+        raise SystemExit(failed)
     shutil.rmtree(jobs)
     say("done")
 
@@ -76,7 +79,7 @@ def train(study: str, out: Path, changes: Sequence[str], names: Sequence[str]) -
         run.train_all(names)
 
 
-def together(options: argparse.Namespace, jobs: Path, kind: str, parts: Iterable[list[str]], command: object) -> list[Path]:
+def together(options: argparse.Namespace, jobs: Path, kind: str, parts: Iterable[list[str]], command: Callable[[list[str]], list[str]]) -> list[Path]:
     """Run a command for every part that is not empty, each in a copy of the study folder without its times; the folders of all that succeeded."""
     folders = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -87,7 +90,7 @@ def together(options: argparse.Namespace, jobs: Path, kind: str, parts: Iterable
             folder = jobs / f"{kind}-{i}"
             if not (folder / DATABASE).is_file():
                 copy(options.out, folder)
-            running.append(pool.submit(call, command(names), folder, options.changes, jobs / f"{folder.name}.log"))  # type: ignore[operator]
+            running.append(pool.submit(call, command(names), folder, options.changes, jobs / f"{folder.name}.log"))
             folders.append(folder)
         failed = [f for f, one in zip(folders, running, strict=True) if one.result()]
     for folder in failed:
