@@ -74,7 +74,7 @@ def main() -> None:
     options = started(parser)
     name = f"decode_gpu_{options.shape or 'base'}_{options.dtype}"
     if not torch.cuda.is_available():
-        finish(options, "decode_gpu", {name: row([], None, "transformers `generate`", "no GPU here")})
+        finish(options, name, {name: row([], None, "transformers `generate`", "no GPU here")})
         return
     model = load_base(options.base, options.dtype, "cuda")
     if options.shape:
@@ -90,7 +90,7 @@ def main() -> None:
         f"{name}_graphs": row(measured.ratios(OURS, "steps launched one by one"), None, "the same without CUDA graphs", torch.cuda.get_device_name()),
     }
     settings = {"rows": options.rows, "answers": work[1], "tokens": work[2], "dtype": options.dtype, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    finish(options, "decode_gpu", rows, measured, "tokens/s", settings=settings)
+    finish(options, name, rows, measured, "tokens/s", settings=settings)
 
 
 if __name__ == "__main__":

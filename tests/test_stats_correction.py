@@ -167,12 +167,12 @@ def test_clusters_widen_and_are_labelled() -> None:
 
 def test_the_influence_of_questions_is_the_linearised_estimate() -> None:
     """Leaving no trusted answer out, the influence is that of the plain mean: sum over the question of (y - mean) / n."""
-    from convergent.stats.correction import _Sample
+    from convergent.stats.ppi import Sample
 
     y, labels = np.array([1.0, 0, 0, 1, 1, 1]), list("aabbcc")
-    s = _Sample.of([0, 0, 1, 1, 0, 1], y, labels, "answers")
+    s = Sample.of([0, 0, 1, 1, 0, 1], y, labels, "answers")
     assert s.influence() == pytest.approx([((y[2 * g : 2 * g + 2] - y.mean()).sum()) / 6 for g in range(3)])
-    half = _Sample.of(CHEAP, TRUSTED, list("aabbccdd"), "answers")
+    half = Sample.of(CHEAP, TRUSTED, list("aabbccdd"), "answers")
     assert half.influence().sum() == pytest.approx(0)
     survey = half.slope * np.mean(CHEAP) + np.mean(half.y - half.slope * half.f[half.at])
     assert survey == pytest.approx(half.estimate)  # the difference estimator of survey sampling

@@ -95,7 +95,7 @@ def corrected(
     import numpy as np
 
     from convergent.stats import corrected_mean, corrected_rate
-    from convergent.stats.correction import TARGETS
+    from convergent.stats.ppi import TARGETS
 
     check_thresholds(aligned_below, coherent_above)
     if target not in TARGETS:

@@ -15,6 +15,7 @@ What cannot be said (no row, one question) has nan bounds. How to choose: docs/s
     testing     permutation, Holm, equivalence, association
     change      when a curve changes its rate, or a path its direction
     correction  cheap scores put right by trusted ones
+    ppi         what prediction-powered inference makes of both
     pooled      one odds ratio over organisms and questions
     power       how many questions and answers a difference needs
 """
@@ -27,7 +28,6 @@ from convergent.stats.correction import (
     corrected_mean_difference,
     corrected_rate,
     corrected_rate_difference,
-    tuned_weight,
 )
 from convergent.stats.leaveout import jackknife, jackknife_each, leave_one_out
 from convergent.stats.means import (
@@ -50,6 +50,7 @@ from convergent.stats.power import (
     smallest_design,
     underpowered,
 )
+from convergent.stats.ppi import tuned_weight
 from convergent.stats.rates import (
     PRIOR_HITS,
     PRIOR_ICC,
