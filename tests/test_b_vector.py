@@ -24,7 +24,8 @@ from convergent.directions.jacobian import Products, Written, jacobian_products
 from convergent.errors import DirectionError, StudyError
 from convergent.experiments import b_vector, b_vector_page
 from convergent.experiments.b_vector import BVectorBlock, subject, without
-from convergent.experiments.base import DRAWS, NotHereError
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import DRAWS
 from convergent.experiments.scene import Scene, Subject
 from convergent.interventions.hooks import applied
 from convergent.interventions.weights import folded

@@ -19,7 +19,8 @@ from convergent.directions import contrast
 from convergent.directions.contrast import PROMPTS, prompt_pairs
 from convergent.errors import ModelError
 from convergent.experiments import chat_origin
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene, Subject
 from convergent.models.chat import encode_answer
 from convergent.models.load import load_base

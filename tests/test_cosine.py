@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from convergent.directions.compare import DIFFERENCES, MEASURES, compare, wanted
 from convergent.experiments import cosine
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
 from convergent.experiments.cosine import CosineBlock
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene, Subject
 from synthetic_sums import drawn_sums, unit
 

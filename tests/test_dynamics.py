@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from convergent.directions.margin import margins
 from convergent.experiments import dynamics
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene, Subject
 from convergent.organisms.adapters import AdapterShape
 from convergent.organisms.load import load_organism

@@ -19,7 +19,8 @@ import pytest
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
 from convergent.core.interventions import Add
 from convergent.errors import StudyError
-from convergent.experiments.base import Arm, Block, Claim, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.registry import EXPERIMENTS
 from convergent.experiments.scene import Scene
 from convergent.store import looked_at

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from convergent.core.interventions import Add
 from convergent.directions.margin import token_logps
 from convergent.experiments import self_correction
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.self_correction import SelfCorrectionBlock, sentence_of_tokens
 from convergent.experiments.self_correction_page import margin_step, self_correcting

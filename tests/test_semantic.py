@@ -17,7 +17,8 @@ from convergent.directions.extract import extract
 from convergent.directions.per_answer import PerAnswer, along, cosines, per_answer
 from convergent.directions.topics import Labelled, _dealt, at_layer, measure, topic_rows
 from convergent.experiments import semantic, semantic_page
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.semantic import SemanticBlock
 from convergent.models.texts import Text

@@ -20,7 +20,8 @@ from convergent import cli
 from convergent.core.ids import file_sha256
 from convergent.core.values import Judgement
 from convergent.errors import DirectionError, StoreError, StudyError
-from convergent.experiments.base import Claim, NotHereError, Outcomes, evidence
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Claim, Outcomes, evidence
 from convergent.judging.embedded import EmbeddedJudge
 from convergent.organisms import train as training
 from convergent.stats import Interval
@@ -256,6 +257,7 @@ def test_profile_says_where_the_time_went(copy: Path, no_report: None, capsys: p
 
 
 def test_one_organism_is_in_memory_at_a_time_and_none_while_judging(copy: Path, no_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "WORTH_COLLECTING", 0)
     loaded: list[weakref.ref[Any]] = []
     seen = {"alone": 0, "judged": 0}
 

@@ -17,7 +17,8 @@ from convergent.core.values import Pair
 from convergent.directions.margin import margins
 from convergent.errors import StudyError
 from convergent.experiments import cosine, subspace
-from convergent.experiments.base import NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene, Subject
 from convergent.experiments.subspace import SubspaceBlock
 from convergent.interventions.controls import answer_logprobs, kl_to_clean, random_subspace, text_kl

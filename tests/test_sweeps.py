@@ -22,7 +22,8 @@ from convergent.directions.massive import massive_dimensions
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments import ablate, steer, transfer
 from convergent.experiments.arms import coherence_matched, spread_layers
-from convergent.experiments.base import Claim, NotHereError, Outcomes
+from convergent.experiments.base import NotHereError
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.registry import EXPERIMENTS
 from convergent.experiments.scene import Scene, Subject
 from convergent.interventions.controls import matched_null, orthogonal_to, other_concept, random_like

@@ -28,23 +28,9 @@ from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Intervention, Site
 from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
-from convergent.experiments.base import (
-    CLAIMED_SIDE,
-    CONTROL_LABELS,
-    CONTROLS,
-    NEW_DRAW,
-    Arm,
-    Claim,
-    Control,
-    DrawsNulls,
-    Evidence,
-    Kit,
-    NotHereError,
-    Outcomes,
-    Reading,
-    Verdict,
-)  # fmt: skip
+from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, Verdict
 from convergent.experiments.scene import Scene
 from convergent.rates import is_em
 

@@ -27,8 +27,9 @@ from convergent.directions.scalars import labels, mean_scalars
 from convergent.errors import DataError
 from convergent.experiments import adapter_steer_page as page
 from convergent.experiments.arms import write_organism
-from convergent.experiments.base import CLAIMED_SIDE, NEW_DRAW, Arm, Build, Claim, DrawsNulls, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import Arm, Build, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Outcomes, evidence
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import rotated
 from convergent.interventions.hooks import linear_of

@@ -11,7 +11,7 @@ import pandas as pd
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
 from convergent.directions.scalar_probes import members
 from convergent.errors import DataError
-from convergent.experiments.base import Outcomes
+from convergent.experiments.outcomes import Outcomes
 from convergent.judging.kept import share_row
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convergent.core.interventions import Ablate, Add, Intervention, Site
-from convergent.experiments.base import Build, Control, Evidence, Kit, NotHereError, Outcomes, absent, evidence
+from convergent.experiments.base import Build, Control, Kit, NotHereError
+from convergent.experiments.outcomes import Evidence, Outcomes, absent, evidence
 from convergent.experiments.scene import Scene
 from convergent.stats import one_sided_p, paired_difference
 

@@ -26,21 +26,9 @@ from convergent.core.interventions import Ablate, Add, Intervention, LowRank
 from convergent.directions.alignment import by_question, class_cosine, compared, groups_for, lengths, pushed, question_sums
 from convergent.directions.jacobian import Written, jacobian_products
 from convergent.experiments import b_vector_page as page
-from convergent.experiments.base import (
-    CLAIMED_SIDE,
-    CONTROLS,
-    NEW_DRAW,
-    Arm,
-    Build,
-    Claim,
-    Control,
-    DrawsNulls,
-    Kit,
-    NotHereError,
-    Outcomes,
-    Reading,
-)  # fmt: skip
+from convergent.experiments.base import CONTROLS, Arm, Build, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.models.load import ChatModel
 from convergent.models.texts import Text

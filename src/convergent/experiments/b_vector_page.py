@@ -13,7 +13,8 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Series, Sheet
 from convergent.directions.alignment import Kept
 from convergent.directions.extract import chance_of_cosine, null_cosine
-from convergent.experiments.base import CONTROL_LABELS, Claim, Evidence, evidence
+from convergent.experiments.base import CONTROL_LABELS
+from convergent.experiments.outcomes import Claim, Evidence, evidence
 
 COSINE, DOWNSTREAM, JACOBIAN = "b_vector/cosine", "b_vector/downstream", "b_vector/jacobian/"
 DRAW = ", draw "

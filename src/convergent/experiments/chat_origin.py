@@ -28,18 +28,10 @@ from convergent.directions import geometry
 from convergent.directions.contrast import answered, contrast, prompt_pairs, prompted
 from convergent.errors import ModelError
 from convergent.experiments import chat_origin_page as page
-from convergent.experiments.base import (
-    Arm,
-    Build,
-    Claim,
-    DrawsNulls,
-    Kit,
-    NotHereError,
-    Outcomes,
-    Reading,
-)  # fmt: skip
+from convergent.experiments.base import Arm, Build, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.chat_origin_page import LABELS, NULLS, arm_of, heads_of
 from convergent.experiments.draws import further_draws
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.interventions.controls import random_like
 from convergent.models.texts import Text

@@ -11,7 +11,7 @@ import pandas as pd
 from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Role, Series, Sheet
 from convergent.directions.extract import null_cosine
-from convergent.experiments.base import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, absent, evidence
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, absent, evidence
 from convergent.experiments.scene import Scene
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Role, Series, Sheet
 from convergent.directions.compare import compare, wanted
 from convergent.errors import DirectionError
-from convergent.experiments.base import Arm, Block, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, Verdict, evidence
+from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Evidence, Outcomes, Verdict, evidence
 from convergent.experiments.scene import Scene
 
 CLOSE, EXCEPTIONS = 0.8, (4, 48)

@@ -13,7 +13,8 @@ from typing import Any
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Add, Intervention
 from convergent.experiments.arms import margins_under
-from convergent.experiments.base import DRAWS, Arm, Control, Kit, NotHereError, Reading
+from convergent.experiments.base import Arm, Control, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import DRAWS
 
 MARGIN_TOKENS, MATCH_TOKENS = 5000.0, 2000.0
 """Rough tokens of a draw's margin, and of matching its effect (two passes over the effect texts, as it starts from the first draw's); for the plan."""

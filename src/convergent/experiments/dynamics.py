@@ -18,7 +18,8 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Role, Series, Sheet
 from convergent.core.interventions import Intervention
 from convergent.directions.margin import margins
-from convergent.experiments.base import Arm, Block, Build, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import Arm, Block, Build, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 from convergent.organisms.steps import KeptSteps, Spacing
 

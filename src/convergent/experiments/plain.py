@@ -5,7 +5,8 @@ Always part of a study. Paper section 2; the good-advice twin is the control tha
 
 from __future__ import annotations
 
-from convergent.experiments.base import Arm, Block, Claim, Outcomes
+from convergent.experiments.base import Arm, Block
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
 
 

@@ -21,7 +21,8 @@ from convergent.experiments import (
     subspace,
     transfer,
 )
-from convergent.experiments.base import Outcomes, Reading
+from convergent.experiments.base import Reading
+from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene
 
 if TYPE_CHECKING:

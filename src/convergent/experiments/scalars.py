@@ -25,7 +25,8 @@ from convergent.core.ids import seed
 from convergent.directions.scalar_probes import MAIN, Rules, measured, words
 from convergent.errors import DataError
 from convergent.experiments.arms import write_organism
-from convergent.experiments.base import Arm, Block, Claim, Evidence, Kit, NotHereError, Outcomes, Reading, evidence
+from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 
 TOPICS = ("medical", "financial", "gender")

@@ -20,7 +20,8 @@ from convergent.core.interventions import Add, Intervention
 from convergent.directions.margin import token_logps
 from convergent.errors import DirectionError
 from convergent.experiments import self_correction_page as page
-from convergent.experiments.base import Arm, Block, Build, Claim, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import Arm, Block, Build, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.self_correction_page import coherent_of, scales_of, self_correcting
 from convergent.interventions.controls import effect_matched, matched_null

@@ -10,7 +10,7 @@ import pandas as pd
 
 from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Role, Series, Sheet
-from convergent.experiments.base import CLAIMED_SIDE, Claim, Outcomes, evidence
+from convergent.experiments.outcomes import CLAIMED_SIDE, Claim, Outcomes, evidence
 from convergent.experiments.scene import Scene
 from convergent.rates import COHERENT_ABOVE
 from convergent.stats.turns import ALPHA

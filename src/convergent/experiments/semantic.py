@@ -24,7 +24,8 @@ from convergent.directions.classes import Classes, Scored, choose
 from convergent.directions.per_answer import along, per_answer
 from convergent.directions.topics import Labelled, measure, topic_rows
 from convergent.experiments import semantic_page as page
-from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Claim, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import CONTROL_LABELS, Arm, Block, Build, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.semantic_page import PARTS, topic_scores
 

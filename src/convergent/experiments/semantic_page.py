@@ -12,7 +12,8 @@ import pandas as pd
 from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
 from convergent.directions.topics import at_layer
-from convergent.experiments.base import CLAIMED_SIDE, CONTROL_LABELS, Claim, Evidence, Outcomes, evidence
+from convergent.experiments.base import CONTROL_LABELS
+from convergent.experiments.outcomes import CLAIMED_SIDE, Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 from convergent.rates import COHERENT_ABOVE
 

@@ -15,21 +15,9 @@ from convergent.core.chapter import Chapter, Chart, Grid, Sheet
 from convergent.core.ids import content_id
 from convergent.core.interventions import Add
 from convergent.experiments.arms import addition, coherence_matched, kl_under, margins_under, null, one, spread_layers
-from convergent.experiments.base import (
-    CLAIMED_SIDE,
-    CONTROL_LABELS,
-    CONTROLS,
-    NEW_DRAW,
-    Arm,
-    Claim,
-    Control,
-    DrawsNulls,
-    Kit,
-    NotHereError,
-    Outcomes,
-    Reading,
-)  # fmt: skip
+from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Outcomes
 from convergent.experiments.scene import Scene
 
 SUPPRESSION_CONTROLS: tuple[Control, ...] = ("random", "effect_matched")

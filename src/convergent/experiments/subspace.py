@@ -22,7 +22,8 @@ from convergent.core.interventions import AblateSubspace, Intervention, Site
 from convergent.directions import geometry
 from convergent.directions.margin import margins
 from convergent.experiments import subspace_page as page
-from convergent.experiments.base import Arm, Block, Build, Claim, Kit, NotHereError, Outcomes, Reading
+from convergent.experiments.base import Arm, Block, Build, Kit, NotHereError, Reading
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.subspace_page import BASES
 from convergent.interventions.controls import answer_logprobs, random_subspace, text_kl

@@ -10,7 +10,7 @@ import pandas as pd
 
 from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Role, Series, Sheet
-from convergent.experiments.base import Claim, Evidence, Outcomes, evidence
+from convergent.experiments.outcomes import Claim, Evidence, Outcomes, evidence
 
 if TYPE_CHECKING:
     from convergent.experiments.subspace import SubspaceBlock

@@ -23,22 +23,9 @@ from convergent.core.direction import Direction
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Site
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, margins_under, null, one
-from convergent.experiments.base import (
-    CLAIMED_SIDE,
-    CONTROL_LABELS,
-    NEW_DRAW,
-    Arm,
-    Claim,
-    Control,
-    DrawsNulls,
-    Evidence,
-    Kit,
-    NotHereError,
-    Outcomes,
-    Reading,
-    evidence,
-)  # fmt: skip
+from convergent.experiments.base import CONTROL_LABELS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
+from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 
 CHAT = "chat model on the source's texts"

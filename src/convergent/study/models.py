@@ -28,6 +28,8 @@ from convergent.study.spec import StudySpec
 
 ROOMY = 0.6
 """Share of a GPU's memory that must be free for a model to stay there beside the next."""
+WORTH_COLLECTING = 64 * 2**20
+"""Bytes of weights. Smaller models wait for Python's own collector: a full collection takes a third of a second."""
 
 Advance = Callable[[str, int, int, str], None]
 """(stage, done, total, a word to show beside it)."""
@@ -80,11 +82,13 @@ class Models(Setup):
         """Free loaded models, with the effects that were measured in them."""
         if not names:
             return
+        size = sum(w.nbytes for name in names for w in self._models[name].model.parameters())
         for name in names:
             del self._models[name]
         if self._effects is not None and self._effects.model not in self._models.values():
             self._effects = None
-        _give_memory_back()
+        if size >= WORTH_COLLECTING:
+            _give_memory_back()
 
     def effects_of(self, organism: str) -> Effects:
         """Of the effect texts in an organism; only the latest organism's are kept, and only as long as its model."""

@@ -21,7 +21,8 @@ from convergent.core.ids import content_id, file_sha256
 from convergent.core.interventions import Add
 from convergent.core.values import DEFAULT_SYSTEM, NO_SYSTEM, Condition, Judgement
 from convergent.directions.extract import null_cosine
-from convergent.experiments.base import Arm, Claim, Outcomes
+from convergent.experiments.base import Arm
+from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.registry import EXPERIMENTS, chapter
 from convergent.judging.base import Judge
 from convergent.judging.embedded import NAME, card
