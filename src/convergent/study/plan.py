@@ -22,15 +22,14 @@ from convergent.study.run import Run
 from convergent.study.setup import EFFECT_TEXTS, RUBRICS
 from convergent.study.speed import Speed, measure, parameters
 
-EFFICIENCY = {"sample": 0.47, "read": 0.85, "train": 0.33}
+EFFICIENCY = {"sample": 0.47, "read": 0.85, "train": 0.45}
 """Tokens per second of each kind of work, as a share of what the GEMM rate allows for one forward pass: what one run of studies/demo.yaml took (135M, two
-cores, 2026-11), namely 837 s to sample, 216 s to extract and match effects, 223 s for margins, and to train 749 s, about 560 s of them had the machine not
-been busy at first. The rate was probed at 140 to 150 GFLOP/s on a busy day; where it is 10 % off, so are these. `read` is near 1, as what texts begin
-with is read once and not for each."""
+cores, alone on the machine, 2026-11), namely 907 s to sample, 501 s to train, 246 s to extract and match effects, 216 s for margins and 207 s for further
+draws of nulls and the ablations' cost. `read` is near 1, as what texts begin with is read once and not for each."""
 TOKENS = {"answer": 75, "text": TEXT_TOKENS}
 """Typical tokens of a sampled answer (bounded by max_new_tokens), and of a question with its answer."""
-JUDGE_SECONDS = 0.004
-"""Of the embedded judge, per answer and rubric (33 s for the demo's 8,320); others depend on their server."""
+JUDGE_SECONDS = 0.005
+"""Of the embedded judge, per answer and rubric (40 s for the demo's 8,320); others depend on their server."""
 MATCH_PASSES = 6
 """Typical passes over the effect texts until a null is matched."""
 
