@@ -4,6 +4,7 @@
     import   of the package, and of what loading needs (torch, transformers)
     load     of the embedded model once those are imported, and how much memory of its own that took (weights that are mapped from the file take none)
     report   of a finished study (`--study FOLDER`), on a copy
+    demo     all of it, as its folder says: read and not run, where `--study` is the demo
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import Sides, arguments, finish, row, started
+
+from convergent.store import looked_at
 
 CLI = "import sys; from convergent.cli import main; sys.exit(main())"
 LOAD = """
@@ -43,6 +46,14 @@ def seconds_of(code: str, *arguments: str) -> float:
         word = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(" ".join("FOLDER" if w.startswith("/") else w for w in word.split()))  # a temporary place says nothing on a page
     return time.perf_counter() - start
+
+
+def demo_minutes(folder: Path) -> list[float]:
+    """What the stages of a finished demo took, over all its runs; none of another study."""
+    if json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["name"] != "demo":
+        return []
+    with looked_at(folder) as store:
+        return [sum(store.seconds().values()) / 60]
 
 
 def main() -> None:
@@ -78,6 +89,8 @@ def main() -> None:
         "startup_load": row(measured.figures["load"], None, "", f"after imports; {memory:.0f} MiB of its own memory", "s", at_most=True),
         "startup_report": row(measured.figures.get("report", []), 5.0, "", measured.failed.get("report", no_study or "the command, imports included"), "s", at_most=True),
     }
+    if finished and (minutes := demo_minutes(options.study)):
+        rows["demo"] = row(minutes, 12.0, "", "its stages in one run; loading models and the report come on top", "min", at_most=True)
     finish(options, "startup", rows, measured, "s")
 
 

@@ -4,7 +4,7 @@ All sides make LoRA adapters for the embedded model in float32 from the same cha
 and loss on the answers only. Timed is all of it, from the base's folder on disk to the adapters' folder. TRL runs twice: as documented for prompt and
 completion with a `peft_config` (where it turns gradient checkpointing on), and without checkpointing and with batches of like length, the quickest that its settings offer on a CPU. Order
 alternates over the repeats. Tokens are those of the chats, without padding. Needs `pip install convergent[bench]`; a side that is not installed or fails is said to be. Prints
-a table and one JSON line.
+a table and one JSON line per recipe.
 """
 
 from __future__ import annotations
@@ -220,14 +220,16 @@ def main() -> None:
         beside = {name: parallel(name, options.steps, options.repeats, options.threads) for name in options.recipes}
         print(json.dumps({"claim": "training side by side", "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))
         return
-    found = {name: compare(name, options.steps, options.repeats) for name in options.recipes}
     peers = {}
     for package in ("trl", "peft", "accelerate"):
         try:
             peers[package] = version(package)
         except PackageNotFoundError:
             peers[package] = "not installed"
-    print(json.dumps({"claim": "training", "recipes": found, "threads": options.threads, "machine": machine(), "versions": {**versions(), **peers}}))
+    for name in options.recipes:  # a line each: a run that is cut off keeps what it has
+        found = compare(name, options.steps, options.repeats)
+        line = {"claim": f"training_{name}", "recipe": name, **found, "threads": options.threads, "machine": machine(), "versions": {**versions(), **peers}}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def rows_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if record["claim"] == "judge":
         speeds = record["answers_per_second"][record["judge"]]
         return {"judge": {**plain, "ratios": speeds, "unit": " answers/s", "target": 200.0}}
-    if record["claim"] == "training":
-        return {f"training_{name}": {**plain, **_best(found), "target": {"all_adapter": 1.8, "nine_adapter": 2.5}.get(name)} for name, found in record["recipes"].items()}
+    if record["claim"].startswith("training_"):
+        return {record["claim"]: {**plain, **_best(record), "target": {"all_adapter": 1.8, "nine_adapter": 2.5}.get(record["recipe"])}}
     ratios = record.get("ratios", [])
     if isinstance(ratios, Mapping):
         return {f"{record['claim']}_{peer}": {**plain, "ratios": values, "peer": peer} for peer, values in ratios.items()}
