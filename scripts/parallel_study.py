@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from convergent.experiments import registry
 from convergent.store import DATABASE, opened
 from convergent.study.main import merge_studies
 from convergent.study.plan import make_plan
@@ -54,16 +55,18 @@ def main() -> None:
             store.absorb(folder)
     say("what all experiments need")
     log = options.out.with_name(f"{options.out.name}.log")
-    if call(["-m", "convergent.cli", "run", options.study, "--only", "plain"], options.out, options.changes, log):
+    if call(["-m", "convergent.cli", "run", options.study, "--only", "plain", "--no-report"], options.out, options.changes, log):
         raise SystemExit(f"{options.study}: what all experiments need failed; see {log}")
     with opened(options.out) as store:
         stages = make_plan(Run(spec, store, compute=False))
     cost = {name: 60.0 + sum(s.seconds for s in stages if s.name == f"read {name}") for name in spec.experiments if name != "plain"}
     say(f"{len(cost)} experiments")
     parts: list[list[str]] = [[] for _ in range(options.jobs)]
-    for name in sorted(cost, key=lambda n: -cost[n]):
-        min(parts, key=lambda p: sum(cost[n] for n in p)).append(name)
-    done = together(options, jobs, "only", parts, lambda names: ["-m", "convergent.cli", "run", options.study, *(x for n in names for x in ("--only", n))])
+    # Those that others use go with these, so that they are done once.
+    groups = [[n, *(u for u in registry.uses(n) if u in cost)] for n in cost if not any(n in registry.uses(other) for other in cost)]
+    for group in sorted(groups, key=lambda g: -sum(cost[n] for n in g)):
+        min(parts, key=lambda p: sum(cost[n] for n in p)).extend(group)
+    done = together(options, jobs, "only", parts, lambda names: ["-m", "convergent.cli", "run", options.study, "--no-report", *(x for n in names for x in ("--only", n))])
     for folder, n in merge_studies(options.out, done):
         say(f"merged {folder.name}: {n} rows")
     if failed := call(["-m", "convergent.cli", "run", options.study, "--profile"], options.out, options.changes, None):

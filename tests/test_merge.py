@@ -36,7 +36,8 @@ def test_blocks_run_in_folders_of_their_own_give_what_one_run_gives(tmp_path: Pa
     study = str(write_study(tmp_path, small(TWO)))
     assert main(["run", study, "--out", str(tmp_path / "one")]) == 0
     assert main(["run", study, "--out", str(tmp_path / "a"), "--only", "ablate"]) == 0
-    assert main(["run", study, "--out", str(tmp_path / "b"), "--only", "steer"]) == 0
+    assert main(["run", study, "--out", str(tmp_path / "b"), "--only", "steer", "--no-report"]) == 0
+    assert not (tmp_path / "b" / "report.html").exists() and not (tmp_path / "b" / "claims.json").exists()
     assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     capsys.readouterr()
     assert main(["run", study, "--out", str(tmp_path / "a")]) == 0

@@ -9,6 +9,7 @@ import pytest
 
 from convergent import cli
 from convergent.errors import StudyError
+from convergent.study.main import chosen
 from convergent.study.spec import load_study
 from tiny import tiny_model
 
@@ -58,6 +59,14 @@ def test_values_are_set_from_outside() -> None:
         load_study(STUDIES / "demo.yaml", ["name.first=1"])
     with pytest.raises(StudyError, match="did you mean `samples`"):
         load_study(STUDIES / "demo.yaml", ["questions.sampls=1"])
+
+
+def test_one_block_alone_keeps_what_it_uses() -> None:
+    spec = load_study(STUDIES / "paper_small.yaml")
+    assert list(chosen(spec, ["adapter_steer"]).experiments) == ["plain", "scalars", "adapter_steer"]
+    assert list(chosen(spec, ["steer"]).experiments) == ["plain", "steer"] and chosen(spec, []) == spec
+    with pytest.raises(StudyError, match="--only steeer: this study has no such experiment"):
+        chosen(spec, ["steeer"])
 
 
 @pytest.mark.slow

@@ -56,11 +56,12 @@ def run(
         Optional[list[str]], typer.Option("--set", metavar="PLACE=VALUE", help="Change a value of the file, such as base=FOLDER or organisms.*.examples=8.")
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
+    report: Annotated[bool, typer.Option(help="Claims and report; a part whose folder is merged later needs none.")] = True,
 ) -> None:
     """Plan and do a study; whatever is done already stays."""
     from convergent.study.main import run_study
 
-    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [], profile=profile)
+    run_study(study, out, plan_only=plan, fresh=fresh or [], only=only or [], changes=changes or [], profile=profile, report=report)
 
 
 @app.command(epilog="Example: convergent experiments steer")

@@ -70,6 +70,7 @@ class AdapterSteerBlock(DrawsNulls):
 
 name = "adapter_steer"
 settings = AdapterSteerBlock
+uses = ("scalars",)
 
 
 def check(block: AdapterSteerBlock, scene: Scene) -> None:

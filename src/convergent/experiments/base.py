@@ -212,7 +212,7 @@ class DrawsNulls(Block):
 
 
 class Experiment(Protocol):
-    """One experiment module. `check`, `readings`, `keeps` and `chapter` may be left out."""
+    """One experiment module. `check`, `readings`, `keeps`, `chapter` and `uses`, a tuple of names (see `registry.uses`), may be left out."""
 
     name: str
     settings: type[Block]

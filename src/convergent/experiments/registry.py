@@ -48,6 +48,11 @@ EXPERIMENTS: dict[str, ModuleType] = {
 }
 
 
+def uses(name: str) -> tuple[str, ...]:
+    """Other experiments whose readings it takes where a study has them: without them it would be another experiment."""
+    return getattr(EXPERIMENTS[name], "uses", ())
+
+
 def check(name: str, block: Any, scene: Scene) -> None:
     """Raise NotHereError if the study cannot have this experiment as it is set."""
     own = getattr(EXPERIMENTS[name], "check", None)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from convergent import stats
 from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
+from convergent.experiments import registry
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
 from convergent.study.memory import estimate_memory
@@ -40,13 +41,15 @@ def run_study(
     only: Sequence[str] = (),
     changes: Sequence[str] = (),
     profile: bool = False,
+    report: bool = True,
 ) -> Path:
     """Do what is not done of a study and write its report. Returns the study folder.
 
-    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do (`plain` always is);
-    the report then shows these, and another run without it goes on with the rest. `changes`: see `load_study`. `profile` prints at the end where the time went.
+    `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do, with `plain` and
+    those that they use; the report then shows these, and another run without it goes on with the rest. `report=False` leaves claims and page to that
+    run. `changes`: see `load_study`. `profile` prints at the end where the time went.
     """
-    spec = _only(load_study(path, changes), only)
+    spec = chosen(load_study(path, changes), only)
     unknown = [f for f in fresh if f not in STAGES]
     if unknown:
         raise StudyError(f"--fresh {unknown[0]}: no such stage; known are {', '.join(STAGES)}")
@@ -73,6 +76,10 @@ def run_study(
         run = Run(spec, store, say=console.print, advance=_advance(bars))
         watch = Profile(run)
         run.go()
+        if not report:
+            for line in watch.lines() if profile else ():
+                console.print(line)
+            return folder
         results = collect(run, Path(path).name)
         with guarded(folder):
             write_manifest(run)
@@ -86,13 +93,15 @@ def run_study(
     return folder
 
 
-def _only(spec: StudySpec, names: Sequence[str]) -> StudySpec:
+def chosen(spec: StudySpec, names: Sequence[str]) -> StudySpec:
+    """A study of some of its experiments, of `plain`, and of those that they use; all of them without names. Raises StudyError for an unknown one."""
     missing = next((n for n in names if n not in spec.experiments), None)
     if missing is not None:
         raise StudyError(f"--only {missing}: this study has no such experiment; it has {', '.join(spec.experiments)}")
     if not names:
         return spec
-    return spec.model_copy(update={"experiments": {n: b for n, b in spec.experiments.items() if n == "plain" or n in names}})
+    kept = {"plain", *names, *(used for n in names for used in registry.uses(n))}
+    return spec.model_copy(update={"experiments": {n: b for n, b in spec.experiments.items() if n in kept}})
 
 
 def _check_keys(run: Run, stages: Sequence[Stage], fresh: bool) -> None:
