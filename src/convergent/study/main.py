@@ -76,21 +76,23 @@ def run_study(
         run = Run(spec, store, say=console.print, advance=_advance(bars))
         watch = Profile(run)
         run.go()
-        if not report:
-            for line in watch.lines() if profile else ():
-                console.print(line)
-            return folder
-        results = collect(run, Path(path).name)
-        with guarded(folder):
-            write_manifest(run)
-            write_text(folder / CLAIMS, json.dumps(list(results.claims), indent=1))
-        page = write_report(results, folder)
-        for claim in results.claims:
-            console.print(f"{claim['verdict']:>12}  {claim['claim']}")
-        console.print(f"report  {page}")
+        if report:
+            _conclude(console, run, Path(path).name, folder)
         for line in watch.lines() if profile else ():
             console.print(line)
     return folder
+
+
+def _conclude(console: Console, run: Run, file: str, folder: Path) -> None:
+    """Decide the claims and write the page."""
+    results = collect(run, file)
+    with guarded(folder):
+        write_manifest(run)
+        write_text(folder / CLAIMS, json.dumps(list(results.claims), indent=1))
+    page = write_report(results, folder)
+    for claim in results.claims:
+        console.print(f"{claim['verdict']:>12}  {claim['claim']}")
+    console.print(f"report  {page}")
 
 
 def chosen(spec: StudySpec, names: Sequence[str]) -> StudySpec:
