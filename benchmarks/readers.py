@@ -1,7 +1,7 @@
 """32 readers at once, and one reader: this sampler beside llama.cpp (through `xllamacpp`) with as many slots, on the same GGUF.
 
 llama.cpp computes with the file's own 4-bit weights; this project with the same weights in float32, and in bfloat16 where the CPU has it: the better one is compared. Every
-reader asks one of the eight open questions and gets the same number of tokens on both sides.
+reader asks one of the eight open questions, in the same words on both sides, and gets the same number of tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from child import Child
 from common import Sides, arguments, finish, row, started
 from decoding import NO_BF16, endless, has_bf16, ours
 
+from convergent.core.values import Question
 from convergent.data.questions import load_questions
 from convergent.models.chat import encode_prompt
 from convergent.models.load import embedded_gguf, load_base
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="new tokens of each answer (default 96, with --quick 12)")
     options = started(parser)
     tokens = options.tokens or (12 if options.quick else 96)
-    questions = load_questions("open_eight")
+    # One wording of each: all readers of a question share its prompt, which this project reads once, and llama.cpp may keep in its slots.
+    questions = [Question(q.id, q.paraphrases[:1], q.system) for q in load_questions("open_eight")]
     dtypes = ["float32", *(["bfloat16"] if has_bf16() else [])]
     models = {dtype: endless(load_base(dtype=dtype)) for dtype in dtypes}
     prompts = [encode_prompt(models["float32"].tokenizer, q.paraphrases[0], q.system) for q in questions]

@@ -19,7 +19,7 @@ from convergent.directions.knockout import knockouts
 from convergent.directions.margin import margins
 from convergent.errors import StudyError
 from convergent.experiments import adapter_steer
-from convergent.interventions.controls import answer_logprobs, factor_for_effect, kl_to_clean, rotated, times
+from convergent.interventions.controls import Effects, answer_logprobs, factor_for_effect, rotated, times
 from convergent.judging.kept import kept, share_row
 from convergent.models.texts import Text
 from convergent.organisms.adapters import read_adapters
@@ -69,7 +69,7 @@ def test_several_pushes_are_matched_in_effect_by_one_factor() -> None:
     factor, target, reached = factor_for_effect(chat, real, null, TEXTS)
     assert reached == pytest.approx(target, rel=0.1) and target > 1e-3
     clean = answer_logprobs(chat, TEXTS)
-    assert kl_to_clean(chat, clean, TEXTS, times(null, factor)) == pytest.approx(reached, rel=1e-6)
+    assert Effects(chat, TEXTS, clean).kl(times(null, factor)) == pytest.approx(reached, rel=1e-6)
 
 
 # --- knock-outs ------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_knockouts_are_what_the_merged_models_give(tmp_path: Path) -> None:
     together = rows[0, 1]["change"]["estimate"] - rows[0,]["change"]["estimate"] - rows[1,]["change"]["estimate"]
     assert rows[0, 1]["interaction"]["estimate"] == pytest.approx(together) and abs(together) > 1e-5
     clean = answer_logprobs(organism, TEXTS)
-    assert rows[0, 1, 2]["kl"] == pytest.approx(kl_to_clean(chat, clean, TEXTS, ()), rel=1e-3)
+    assert rows[0, 1, 2]["kl"] == pytest.approx(Effects(chat, TEXTS, clean).kl(()), rel=1e-3)
     assert value["left"]["estimate"] == pytest.approx(rows[value["strongest"],]["margin"] - (value["margin"] + value["margin_without_any"]) / 2)
     few = knockouts(organism, adapters, PAIRS, TEXTS, two_by_two=False)
     assert [len(r["adapters"]) for r in few["rows"]] == [1, 1, 1, 3]

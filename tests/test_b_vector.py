@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from convergent import stats
 from convergent.core.direction import Direction
 from convergent.core.interventions import Add, LowRank
-from convergent.directions.alignment import by_question, class_cosine, compared, leaving_out, pushed, question_sums
+from convergent.directions.alignment import by_question, class_cosine, compared, group_sums, leaving_out, pushed
 from convergent.directions.extract import chance_of_cosine, null_cosine
 from convergent.directions.jacobian import Products, Written, jacobian_products
 from convergent.errors import DirectionError, StudyError
@@ -65,7 +65,7 @@ def at_layer(chat: ChatModel, u: Tensor, layer: int = LAYER) -> Direction:
 
 def difference(chat: ChatModel, change: Any, step: float) -> Tensor:
     """(n_layers, d_model) central difference of the mean answer activation; its error falls with the square of the step."""
-    plus, minus = (question_sums(chat, TEXTS, ONE_GROUP, interventions=(change(sign * step),)) for sign in (1, -1))
+    plus, minus = (group_sums(chat, TEXTS, ONE_GROUP, interventions=(change(sign * step),)) for sign in (1, -1))
     found: Tensor = (plus[0][0] - minus[0][0]) / plus[1][0] / (2 * step)
     return found
 
@@ -158,8 +158,8 @@ def test_leaving_out_by_hand() -> None:
 
 def test_sums_by_question_add_up_to_the_mean() -> None:
     chat = tiny_chat()
-    sums, mass = question_sums(chat, TEXTS, torch.tensor([0, 2, 0]), n_groups=4)
-    whole, n = question_sums(chat, TEXTS, ONE_GROUP)
+    sums, mass = group_sums(chat, TEXTS, torch.tensor([0, 2, 0]), n_groups=4)
+    whole, n = group_sums(chat, TEXTS, ONE_GROUP)
     assert mass[1] == mass[3] == 0 and not sums[1].any() and mass.sum() == n
     assert_close(sums.sum(0), whole[0])
 

@@ -11,9 +11,9 @@ from convergent.core.interventions import Ablate, AblateSubspace, Add
 from convergent.directions.means import stream_means
 from convergent.errors import DirectionError
 from convergent.interventions.controls import (
+    Effects,
     answer_logprobs,
     effect_matched,
-    kl_to_clean,
     matched_null,
     orthogonal_to,
     other_concept,
@@ -100,12 +100,12 @@ def test_answer_logprobs_and_kl():
         e = encode_answer(chat.tokenizer, text.question, text.answer, closing=False)
         logits = chat.model(torch.tensor([e.ids])).logits[0, e.answer_start - 1 : e.answer_end - 1]
         assert_close(found, logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
-    assert kl_to_clean(chat, clean, TEXTS, []) == pytest.approx(0, abs=1e-9)
+    assert Effects(chat, TEXTS, clean).kl([]) == pytest.approx(0, abs=1e-9)
     steered = [Add(direction_for(chat), 2, 2.0)]
     changed = torch.cat(answer_logprobs(chat, TEXTS, steered))
     whole = torch.cat(clean)
     by_torch = torch.nn.functional.kl_div(changed, whole, log_target=True, reduction="batchmean")
-    assert kl_to_clean(chat, clean, TEXTS, steered) == pytest.approx(float(by_torch), rel=1e-4)
+    assert Effects(chat, TEXTS, clean).kl(steered) == pytest.approx(float(by_torch), rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 20.0])
@@ -115,8 +115,8 @@ def test_effect_matched_addition(scale):
     found = effect_matched(chat, intervention, 0, TEXTS, tolerance=0.05)
     assert abs(found.reached / found.target - 1) <= 0.05
     clean = answer_logprobs(chat, TEXTS)
-    assert kl_to_clean(chat, clean, TEXTS, [intervention]) == pytest.approx(found.target, rel=1e-5)
-    assert kl_to_clean(chat, clean, TEXTS, [found.intervention]) == pytest.approx(found.reached, rel=1e-5)
+    assert Effects(chat, TEXTS, clean).kl([intervention]) == pytest.approx(found.target, rel=1e-5)
+    assert Effects(chat, TEXTS, clean).kl([found.intervention]) == pytest.approx(found.reached, rel=1e-5)
     assert isinstance(found.intervention, Add) and found.intervention.layer == 2
     assert found.intervention.scale == pytest.approx(scale * found.amount)
     assert abs(float(found.intervention.direction.cosine(intervention.direction)[2])) < 0.9
@@ -132,7 +132,7 @@ def test_effect_matched_ablation():
     k = int(found.amount)
     assert len(found.intervention.basis) == k > 1
     clean = answer_logprobs(chat, TEXTS)
-    near = [kl_to_clean(chat, clean, TEXTS, [matched_null(Ablate(d, layers=(1, 2)), n, 0)]) for n in (k - 1, k, k + 1)]
+    near = [Effects(chat, TEXTS, clean).kl([matched_null(Ablate(d, layers=(1, 2)), n, 0)]) for n in (k - 1, k, k + 1)]
     assert found.reached == pytest.approx(near[1], rel=1e-5)
     assert abs(found.reached / found.target - 1) <= 0.1 or min(near) <= found.target <= max(near)
 

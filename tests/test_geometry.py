@@ -36,9 +36,9 @@ def test_removing_dimensions_by_hand():
     assert_close(geometry.cosines(torch.tensor([[3.0, 4]]), torch.tensor([[4.0, 3]])), torch.tensor([0.96]))
 
 
-def test_massive_dimensions_are_those_of_the_mean_activation_not_of_v():
+def test_largest_dimensions_are_those_of_the_mean_activation_not_of_v():
     sums = drawn_sums(flat(5 * np.eye(D)[7]), "massive", common=-50.0)
-    assert geometry.massive_dimensions(sums, 1).tolist() == [[0], [0]]
+    assert geometry.largest_dimensions(sums, 1).tolist() == [[0], [0]]
     assert sums.direction().abs().argmax(1).tolist() == [7, 7]
 
 

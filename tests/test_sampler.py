@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +24,7 @@ from convergent.errors import InputError, ModelError
 from convergent.interventions.controls import random_subspace
 from convergent.interventions.hooks import applied
 from convergent.models.anatomy import inspect_model
+from convergent.models.cached import cache_name
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
 from convergent.sampling import invariance
@@ -109,6 +112,7 @@ def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypat
     assert [first[r.id] for r in greedy] == [reference[r.id] for r in greedy]  # another rounding, the same answer
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_probe_finds_a_product_that_depends_on_the_number_of_rows(monkeypatch):
     chat = tiny_chat()
     assert invariance.rows_are_invariant(chat, 64, 16)
@@ -151,7 +155,7 @@ def cores():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("n_cores", "n_lanes"), [(2, 2), (3, 3), (16, 6)])
+@pytest.mark.parametrize(("n_cores", "n_lanes"), [(2, 2), (3, 3), (16, 8)])
 def test_lanes_give_what_one_gives(reference, cores, n_cores, n_lanes):
     """Lanes share a queue and the prompts that were read; each has its own cache, rows and thread."""
     cores(n_cores)
@@ -421,3 +425,25 @@ def test_named_seeds():
     names = {seed("sampling", block, q, s) for block in ("main", "reading") for q in "abc" for s in range(50)}
     assert len(names) == 300 and all(0 <= s < 2**63 for s in names)
     assert seed(1) != seed("1")
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_model_has(name):
+    """transformers renames it: the old name warns from 5.24 on and is gone later."""
+    chat = tiny_chat()
+    whole, called = chat.model.forward, []
+
+    def forward(*args, **kwargs):
+        called.append(name in kwargs)
+        held = kwargs.pop(name)
+        return whole(*args, **kwargs, **{cache_name(type(chat.model)): held})
+
+    names = ["input_ids", "position_ids", name, "use_cache", "logits_to_keep"]
+    forward.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
+    everything = requests(chat, samples=1)
+    expected = [r.token_ids for r in sample(chat, everything)]
+    chat.model.forward = forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert [r.token_ids for r in sample(chat, everything)] == expected
+    assert called and all(called)

@@ -18,7 +18,7 @@ from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.self_correction import SelfCorrectionBlock, sentence_of_tokens
 from convergent.experiments.self_correction_page import margin_step, self_correcting
-from convergent.interventions.controls import answer_logprobs, effect_matched, kl_to_clean, matched_null
+from convergent.interventions.controls import Effects, answer_logprobs, effect_matched, matched_null
 from convergent.judging.base import Item
 from convergent.judging.sentences import sentences
 from convergent.models.texts import Text
@@ -66,7 +66,7 @@ def test_another_concept_is_scaled_to_the_same_effect() -> None:
     m = effect_matched(chat, real, 0, texts, tolerance=0.05, along=other)
     null = matched_null(real, m.amount, 0, other)
     assert isinstance(null, Add) and null.direction is other and m.reached == pytest.approx(m.target, rel=0.05)
-    assert kl_to_clean(chat, answer_logprobs(chat, texts), texts, [null]) == pytest.approx(m.reached)
+    assert Effects(chat, texts, answer_logprobs(chat, texts)).kl([null]) == pytest.approx(m.reached)
 
 
 # Sentences of answers

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
 
 from convergent import stats
 from convergent.core.ids import seed
@@ -127,6 +128,12 @@ def test_holm_by_hand() -> None:
     assert stats.holm({}) == {}
     with pytest.raises(InputError, match="`a` is 1.2"):
         stats.holm({"a": 1.2})
+
+
+def test_holm_gives_what_statsmodels_gives() -> None:
+    for k, p in enumerate(rng_of("holm, statsmodels").uniform(size=(20, 7)).round(1) ** 3):  # with ties, and 0 and 1 among them
+        own = dict(enumerate(p[: k % 7 + 1]))
+        assert [stats.holm({str(i): v for i, v in own.items()})[str(i)] for i in own] == pytest.approx(multipletests(list(own.values()), method="holm")[1])
 
 
 def test_holm_keeps_the_error_of_the_family() -> None:

@@ -21,7 +21,7 @@ from convergent.experiments.base import NotHereError
 from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene, Subject
 from convergent.experiments.subspace import SubspaceBlock
-from convergent.interventions.controls import answer_logprobs, kl_to_clean, random_subspace, text_kl
+from convergent.interventions.controls import Effects, answer_logprobs, random_subspace, text_kl
 from convergent.models.texts import Text
 from convergent.store import looked_at
 from convergent.study.main import run_study
@@ -91,7 +91,7 @@ def test_kl_per_text_is_what_its_mean_is_made_of():
     by_hand = [float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")) / len(p) for p, q in zip(clean, changed, strict=True)]
     assert per == pytest.approx(by_hand, rel=1e-4) and min(per) > 0
     n = [len(p) for p in clean]
-    assert kl_to_clean(chat, clean, texts, change) == pytest.approx(sum(k * m for k, m in zip(per, n, strict=True)) / sum(n), rel=1e-6)
+    assert Effects(chat, texts, clean).kl(change) == pytest.approx(sum(k * m for k, m in zip(per, n, strict=True)) / sum(n), rel=1e-6)
 
 
 def value_of(name: str, effect: dict[str, Any], noise: float = 0.02, n: int = 16) -> dict[str, Any]:

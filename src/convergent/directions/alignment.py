@@ -41,7 +41,7 @@ def groups_for(texts: Sequence[Text], question_of: Mapping[str, str]) -> Tensor:
     return torch.as_tensor(groups_of([question_of[t.id] for t in texts]))
 
 
-def question_sums(
+def group_sums(
     model: ChatModel, texts: Sequence[Text], groups: Tensor, *, n_groups: int | None = None, per: Literal["tokens", "responses"] = "tokens",
     span: Span = "answer", interventions: Sequence[Intervention] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

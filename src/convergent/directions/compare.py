@@ -70,7 +70,7 @@ def compare(
     d_model = sums[source, CHAT].sums.shape[-1]
     if massive >= d_model:
         raise DirectionError(f"massive: {massive} dimensions would be removed of {d_model}; remove fewer")
-    dims = geometry.massive_dimensions(sums[source, CHAT], massive)
+    dims = geometry.largest_dimensions(sums[source, CHAT], massive)
     pairs = [p for p in combinations(organisms, 2) if groups_of(*p)]
     made: dict[bytes, np.ndarray] = {}
 

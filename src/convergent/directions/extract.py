@@ -114,13 +114,13 @@ def shift(after: AnswerMeans, before: AnswerMeans) -> Direction:
 
 def null_cosine(d_model: int, level: float = 0.95) -> float:
     """Half-width of the central `level` band of cos(random, fixed) in d_model dimensions: cos^2 is Beta(1/2, (d-1)/2)."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
-    return float(np.sqrt(beta.ppf(level, 0.5, (d_model - 1) / 2)))
+    return float(np.sqrt(betaincinv(0.5, (d_model - 1) / 2, level)))
 
 
 def chance_of_cosine(cosine: float, d_model: int) -> float:
     """How often |cos(random, fixed)| is at least so large in d_model dimensions, by the same law."""
-    from scipy.stats import beta
+    from scipy.special import betaincc
 
-    return float(beta.sf(cosine**2, 0.5, (d_model - 1) / 2))
+    return float(betaincc(0.5, (d_model - 1) / 2, cosine**2))

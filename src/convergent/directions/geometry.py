@@ -22,7 +22,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
-def massive_dimensions(sums: QuestionSums, k: int) -> Tensor:
+def largest_dimensions(sums: QuestionSums, k: int) -> Tensor:
     """(n_layers, k) the dimensions where the mean activation over all answers is largest in magnitude.
 
     Of the chat model's sums, so that neither a fine-tune nor v itself chooses them.

@@ -23,7 +23,7 @@ from torch import Tensor
 from convergent.core.chapter import Chapter
 from convergent.core.ids import content_id, seed
 from convergent.core.interventions import Ablate, Add, Intervention, LowRank
-from convergent.directions.alignment import by_question, class_cosine, compared, groups_for, lengths, pushed, question_sums
+from convergent.directions.alignment import by_question, class_cosine, compared, group_sums, groups_for, lengths, pushed
 from convergent.directions.jacobian import Written, jacobian_products
 from convergent.experiments import b_vector_page as page
 from convergent.experiments.base import CONTROLS, Arm, Build, Control, DrawsNulls, Kit, NotHereError, Reading
@@ -237,7 +237,7 @@ def read_cosine(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[str, 
     made, model = kit.direction.provenance, kit.model(scene.source)
     _refuse_other_writes(kit, model, o, layer)
     sums = [
-        question_sums(model, t, g, n_groups=int(groups.max()) + 1, per=made["classes"]["weigh"], span=made["span"])
+        group_sums(model, t, g, n_groups=int(groups.max()) + 1, per=made["classes"]["weigh"], span=made["span"])
         for t, g in ((members[:n_bad], groups[:n_bad]), (members[n_bad:], groups[n_bad:]))
     ]
     v = kit.direction[layer].double()
@@ -297,14 +297,14 @@ def read_downstream(kit: Kit, block: BVectorBlock, o: str, layer: int) -> dict[s
         members = [by_id[i] for i in by_question(question_of, [i for i in ids if i in by_id], block.texts, kit.seed)]
         sets[label] = (members, groups_for(members, question_of))
     model = kit.model(o)
-    after = {label: question_sums(model, *s)[0][:, layer:] for label, s in sets.items()}
+    after = {label: group_sums(model, *s)[0][:, layer:] for label, s in sets.items()}
     model = kit.model("chat")
     found: dict[str, Any] = {"layers": list(range(layer, kit.scene.depth)), "absent": absent}
     for label, (members, groups) in sets.items():
-        base, mass = question_sums(model, members, groups)
+        base, mass = group_sums(model, members, groups)
         shifts = {"organism": after[label] - base[:, layer:]}
         for change, interventions in changes.items():
-            shifts[change] = (question_sums(model, members, groups, interventions=interventions)[0] - base)[:, layer:]
+            shifts[change] = (group_sums(model, members, groups, interventions=interventions)[0] - base)[:, layer:]
         found[label] = {"n_texts": len(members), "kept": compared(shifts, "organism", "v"), "length": lengths(shifts, int(mass.sum()))}
     return found
 

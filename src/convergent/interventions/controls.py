@@ -267,13 +267,6 @@ def _logprobs(
     return found
 
 
-def kl_to_clean(
-    model: ChatModel, clean: Sequence[Tensor], texts: Sequence[Text], interventions: Sequence[Intervention]
-) -> float:
-    """Mean over answer tokens of KL(clean || intervened), nats; `clean` as `answer_logprobs` gives it. For more than one see `Effects`."""
-    return Effects(model, texts, clean).kl(interventions)
-
-
 def text_kl(p: Sequence[Tensor], q: Sequence[Tensor], mean: bool = True) -> list[float]:
     """Per text the mean (or sum) over its answer tokens of KL(p || q), nats, from log-probabilities as `answer_logprobs` gives them."""
     totals = [sum(float(_kl(x, y)) for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True)) for a, b in zip(p, q, strict=True)]

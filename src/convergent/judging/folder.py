@@ -20,6 +20,7 @@ from convergent.judging.base import NOT_MEASURED, Item
 from convergent.judging.replies import Replies, Reply, open_replies, reply_file
 from convergent.judging.rubrics import Rubrics, load_rubrics
 from convergent.judging.work import PARAMETERS, Work
+from convergent.models.cached import cache_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,10 +175,11 @@ class _Steps:
         wider = done + ids.shape[1] - self._mask.shape[1]
         mask = torch.cat([self._mask, self._mask.new_ones(len(ids), wider)], dim=1) if wider > 0 else self._mask
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, done:]
+        name = cache_name(self._model)
         out = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{name: copy.deepcopy(cache)}
         )
-        return out.logits[:, -1].float().log_softmax(-1), out.past_key_values
+        return out.logits[:, -1].float().log_softmax(-1), out[name]
 
 
 def _digits(tokenizer: Any) -> list[int] | None:

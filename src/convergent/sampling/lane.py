@@ -24,6 +24,7 @@ from convergent.core.ids import uniforms
 from convergent.core.values import Response
 from convergent.errors import ModelError
 from convergent.interventions.hooks import Rows
+from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
 from convergent.sampling.cache import SlotCache
 from convergent.sampling.draw import draw
@@ -126,6 +127,7 @@ class Lane:
     def __init__(self, model: ChatModel, work: Work, n_rows: int, shape: Shape) -> None:
         self.model, self.work, self.shape, self.limit = model, work, shape, n_rows
         self.tally = Tally()
+        self._cache_name = cache_name(model.model)
         self.active: list[Row] = []
         self._make_room()
 
@@ -218,7 +220,7 @@ class Lane:
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         model: Any = self.model.model
-        logits: Tensor = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{self._cache_name: cache}).logits
         return logits[:, -1]
 
     def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:

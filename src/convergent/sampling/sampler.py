@@ -34,7 +34,7 @@ from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work
 from convergent.sampling.requests import Request
 
 DEFAULT_ROWS = 256
-FULL = 32
+FULL = 16
 """Rows that a lane should have before there is another: with fewer, reading the weights is what takes the time."""
 MOST_LANES = 8
 """With more cores a lane gets several."""

@@ -43,12 +43,12 @@ def wilson(k: int, n: int, level: float = LEVEL) -> Interval:
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     """Exact interval of k hits in n answers (Clopper and Pearson 1934): never under-covers; for small n."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
     check_count(k, n)
     tail = (1 - level) / 2
-    low = np.nan if not n else beta.ppf(tail, k, n - k + 1) if k else 0.0
-    high = np.nan if not n else beta.ppf(1 - tail, k + 1, n - k) if k < n else 1.0
+    low = np.nan if not n else betaincinv(k, n - k + 1, tail) if k else 0.0
+    high = np.nan if not n else betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0
     return Interval(k / n if n else np.nan, float(low), float(high), n, "Clopper-Pearson", OVER_ANSWERS)
 
 

@@ -53,12 +53,12 @@ def one_sided_p(a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, si
 
     Below ONE_SIDED exactly where the interval of `paired_difference` lies on the claimed side of 0; nan where there is no such interval.
     """
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     if not paired_difference(a, b, clusters_a, clusters_b).defined:
         return math.nan
     _, d = question_differences(a, b, clusters_a, clusters_b)
-    return float(t.sf(sign * d.mean() / (d.std(ddof=1) / np.sqrt(len(d))), len(d) - 1))
+    return float(stdtr(len(d) - 1, -sign * d.mean() / (d.std(ddof=1) / np.sqrt(len(d)))))
 
 
 def all_of_them(p_values: Sequence[float]) -> float:
@@ -74,14 +74,15 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
     A claim whose p is nan was not tested: it stays nan and does not count. Raises InputError for a p outside 0..1.
     """
-    from statsmodels.stats.multitest import multipletests
-
     wrong = next((name for name, p in p_values.items() if not math.isnan(p) and not 0 <= p <= 1), None)
     if wrong is not None:
         raise InputError(f"Holm: p of `{wrong}` is {p_values[wrong]:g}; a p lies within 0 to 1")
-    tested = [name for name, p in p_values.items() if not math.isnan(p)]
-    adjusted = multipletests([p_values[name] for name in tested], method="holm")[1] if tested else []
-    found = dict(zip(tested, map(float, adjusted), strict=True))
+    # Not statsmodels' multipletests: the same numbers (tested), but importing it takes a second, and every report would wait for that.
+    tested = sorted((name for name, p in p_values.items() if not math.isnan(p)), key=lambda name: p_values[name])
+    found: dict[str, float] = {}
+    most = 0.0
+    for rank, name in enumerate(tested):
+        most = found[name] = min(1.0, max(most, (len(tested) - rank) * p_values[name]))
     return {name: found.get(name, math.nan) for name in p_values}
 
 
@@ -125,14 +126,14 @@ def equivalence_of_rates(a: Values, b: Values, clusters_a: Labels, clusters_b: L
 
 def tost_p(a: Values, b: Values, clusters_a: Labels, clusters_b: Labels, margin: float) -> float:
     """p of "the means differ by `margin` or more": the larger of two one-sided t tests over questions; nan without spread."""
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     _inner(margin, LEVEL)
     _, d = question_differences(a, b, clusters_a, clusters_b)
     if not paired_difference(a, b, clusters_a, clusters_b).defined:
         return math.nan
     error = d.std(ddof=1) / np.sqrt(len(d))
-    return float(t.sf((margin - abs(d.mean())) / error, len(d) - 1))
+    return float(stdtr(len(d) - 1, -(margin - abs(d.mean())) / error))
 
 
 def _inner(margin: float, level: float) -> float:
@@ -168,8 +169,6 @@ def association(counted: Sequence[tuple[str, int, int]]) -> Association:
     Answers count as independent, so with strong clustering this warns too easily; it is made for warnings. Beyond two groups Fisher's p is
     by simulation, from a named seed.
     """
-    from scipy.stats import MonteCarloMethod, chi2_contingency, fisher_exact
-
     rows = [(name, k, n) for name, k, n in counted if n]
     for name, k, n in rows:
         if not 0 <= k <= n:
@@ -177,6 +176,8 @@ def association(counted: Sequence[tuple[str, int, int]]) -> Association:
     table = np.array([[k, n - k] for _, k, n in rows], dtype=int).reshape(-1, 2)
     if len(rows) < 2 or not table.sum(0).all():
         return Association(math.nan, "nothing to compare", {name: math.nan for name, _, _ in rows})
+    from scipy.stats import MonteCarloMethod, chi2_contingency, fisher_exact
+
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
     if expected.min() >= 5:
         p, method = float(chi2_contingency(table, correction=False).pvalue), "chi-square"

@@ -60,15 +60,15 @@ def t_interval(x: np.ndarray, level: float) -> tuple[float, float, float]:
 
 
 def t_quantile(df: Any, level: float) -> Any:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # the function behind scipy.stats.t.ppf, without the second that importing scipy.stats takes
 
-    return t.ppf((1 + level) / 2, df)
+    return stdtrit(df, (1 + level) / 2)
 
 
 def z_quantile(level: float) -> float:
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
-    return float(norm.ppf((1 + level) / 2))
+    return float(ndtri((1 + level) / 2))
 
 
 def undefined(estimate: float, n: int, why: str, clusters: int) -> Interval:
