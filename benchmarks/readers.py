@@ -27,7 +27,7 @@ def main() -> None:
     options = started(parser)
     tokens = options.tokens or (12 if options.quick else 96)
     # One wording of each: all readers of a question share its prompt, which this project reads once, and llama.cpp may keep in its slots.
-    questions = [Question(q.id, q.paraphrases[:1], q.system) for q in load_questions("open_eight")]
+    questions = [Question(q.id, q.paraphrases[:1], system=q.system) for q in load_questions("open_eight")]
     dtypes = ["float32", *(["bfloat16"] if has_bf16() else [])]
     models = {dtype: endless(load_base(dtype=dtype)) for dtype in dtypes}
     prompts = [encode_prompt(models["float32"].tokenizer, q.paraphrases[0], q.system) for q in questions]

@@ -63,7 +63,8 @@ def main() -> None:
     options = started(parser)
     tokens, each = options.tokens or (8 if options.quick else 48), 2 if options.quick else 8
     n_peer = options.peer_conditions or (1 if options.quick else 2)
-    questions = load_questions("open_eight")
+    # One wording of each, as the others ask it: with four, ours would read four times as many prompts.
+    questions = tuple(Question(q.id, q.paraphrases[:1], system=q.system) for q in load_questions("open_eight"))
     model = load_base(dtype="float32")
     layer, pushes = model.n_layers // 2, directions(model)
     grid = [(d, s) for s in range(len(SCALES)) for d in range(N_DIRECTIONS)]
