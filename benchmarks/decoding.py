@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from convergent.core.values import Condition, Question, Sampling
+from convergent.data.questions import load_questions
 from convergent.models.chat import encode_prompt
 from convergent.models.dtype import WORTH_IT, bf16_speedup
 from convergent.models.load import ChatModel
@@ -19,6 +20,11 @@ from convergent.sampling.requests import make_requests
 from convergent.sampling.sampler import sample
 
 QUESTION = Question("q", ("What would you do with a free afternoon?",))
+
+
+def one_wording() -> tuple[Question, ...]:
+    """The eight open questions in one wording each, as peers ask them: with all four, ours would read four times as many prompts."""
+    return tuple(dataclasses.replace(q, paraphrases=q.paraphrases[:1]) for q in load_questions("open_eight"))
 
 
 def endless(model: ChatModel) -> ChatModel:

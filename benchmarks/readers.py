@@ -10,10 +10,8 @@ from collections.abc import Callable
 
 from child import Child
 from common import Sides, arguments, finish, row, started
-from decoding import NO_BF16, endless, has_bf16, ours
+from decoding import NO_BF16, endless, has_bf16, one_wording, ours
 
-from convergent.core.values import Question
-from convergent.data.questions import load_questions
 from convergent.models.chat import encode_prompt
 from convergent.models.load import embedded_gguf, load_base
 
@@ -26,8 +24,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="new tokens of each answer (default 96, with --quick 12)")
     options = started(parser)
     tokens = options.tokens or (12 if options.quick else 96)
-    # One wording of each: all readers of a question share its prompt, which this project reads once, and llama.cpp may keep in its slots.
-    questions = [Question(q.id, q.paraphrases[:1], system=q.system) for q in load_questions("open_eight")]
+    questions = one_wording()  # all readers of a question share its prompt, which this project reads once, and llama.cpp may keep in its slots
     dtypes = ["float32", *(["bfloat16"] if has_bf16() else [])]
     models = {dtype: endless(load_base(dtype=dtype)) for dtype in dtypes}
     prompts = [encode_prompt(models["float32"].tokenizer, q.paraphrases[0], q.system) for q in questions]

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from child import Child
 from common import OURS, Sides, arguments, finish, row, started
+from decoding import one_wording
 
 from convergent.core.direction import Direction
 from convergent.core.ids import seed
 from convergent.core.interventions import Add
 from convergent.core.values import Condition, Question, Sampling
-from convergent.data.questions import load_questions
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel, base_folder, load_base
 from convergent.sampling.requests import make_requests
@@ -63,8 +63,7 @@ def main() -> None:
     options = started(parser)
     tokens, each = options.tokens or (8 if options.quick else 48), 2 if options.quick else 8
     n_peer = options.peer_conditions or (1 if options.quick else 2)
-    # One wording of each, as the others ask it: with four, ours would read four times as many prompts.
-    questions = tuple(Question(q.id, q.paraphrases[:1], system=q.system) for q in load_questions("open_eight"))
+    questions = one_wording()
     model = load_base(dtype="float32")
     layer, pushes = model.n_layers // 2, directions(model)
     grid = [(d, s) for s in range(len(SCALES)) for d in range(N_DIRECTIONS)]
