@@ -13,7 +13,8 @@ from convergent.core.interventions import LowRank
 from convergent.core.values import Condition, Sampling
 from convergent.models.load import ChatModel, wrap
 from convergent.sampling import graphs, kernel
-from convergent.sampling.cache import attending, attention
+from convergent.sampling.attention import attention
+from convergent.sampling.cache import attending
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import sample
 from test_sampler import LONG, SHORT, SLIDING, conditions

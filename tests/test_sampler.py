@@ -28,6 +28,7 @@ from convergent.models.cached import cache_name
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
 from convergent.sampling import invariance
+from convergent.sampling.cache import SHARED_FROM
 from convergent.sampling.draw import draw
 from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
@@ -35,7 +36,8 @@ from convergent.sampling.sampler import sample
 from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
-LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 2,))
+LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 3,))
+"""Its prompt is stored once for all rows that share it (SHARED_FROM); those of SHORT are copied."""
 SLIDING = (
     ("mistral", {"sliding_window": 8}),
     ("gemma2", {"sliding_window": 8}),
@@ -101,6 +103,7 @@ def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypat
     monkeypatch.setattr(invariance, "rows_are_invariant", lambda *args: False)
     if panel == "alone":
         monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: False)
+    monkeypatch.setattr(invariance, "sharing_is_invariant", lambda *args: False)
     expected = invariance.Shape(32, 32) if panel == "panel" else invariance.Shape(1, 1)
     assert invariance.shape_of(tiny_chat(), 40) == expected
     chat = tiny_chat()
@@ -123,7 +126,46 @@ def test_probe_finds_a_product_that_depends_on_the_number_of_rows(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounding_by_size)
     assert not invariance.rows_are_invariant(chat, 64, 16)
-    assert invariance._probe(chat, 64) == invariance.Shape(4)  # which never sees so many rows
+    assert invariance._probe(chat, 64) == invariance.Shape(4, shares=True)  # which never sees so many rows
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_probe_finds_a_shared_prompt_whose_sums_depend_on_who_shares_it(monkeypatch):
+    chat = tiny_chat()
+    assert invariance.sharing_is_invariant(chat)
+    matmul = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: matmul(a, b) + (1e-6 if a.ndim == 3 and a.shape[1] % 5 == 0 else 0.0))
+    assert not invariance.sharing_is_invariant(chat)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_long_prompt_is_stored_once(monkeypatch, shares):
+    chat = tiny_chat()
+    n_short, n_long = (len(encode_prompt(chat.tokenizer, q.paraphrases[0])) for q in (SHORT, LONG))
+    assert n_short < SHARED_FROM <= n_long
+    monkeypatch.setattr(invariance, "_known", {})
+    monkeypatch.setattr(invariance, "sharing_is_invariant", lambda *args: shares)
+    made, lengths = lane.SlotCache, []
+
+    class Watched(made):
+        def __init__(self, n_rows, length):
+            super().__init__(n_rows, length)
+            lengths.append((n_rows, self.length))
+
+    monkeypatch.setattr(lane, "SlotCache", Watched)
+    wanted = list(make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, 20))], (LONG,), 12, 0))
+    sample(chat, wanted)
+    assert lengths == [(12, 32 if shares else 192), (1, 160)]  # rows with their answers alone, or with the prompt
+
+
+def test_a_long_prompt_stored_once_or_copied_gives_the_same_answers(reference, monkeypatch):
+    monkeypatch.setattr(invariance, "_known", {})
+    monkeypatch.setattr(invariance, "sharing_is_invariant", lambda *args: False)
+    chat = tiny_chat()
+    everything = requests(chat)
+    copied = tokens(chat, everything, 16)
+    alike = [t == reference[r.id] for r, t in zip(everything, copied, strict=True)]
+    assert sum(alike) >= len(alike) - 1  # another rounding, which a near tie may show
 
 
 @pytest.mark.parametrize(("family", "config"), [(f, {}) for f in FAMILIES] + list(SLIDING))

@@ -1,28 +1,41 @@
-"""A static key-value cache with one slot of fixed length per row, and the attention that reads it.
+"""A static key-value cache with slots of fixed length per row.
 
-transformers hands keys and values to `update` and calls the attention function that we register; both meet in
+transformers hands keys and values to `update` and then calls the attention function that we register (`attention`); both meet in
 `SlotCache.step`, which says where each row writes and how far it may look. Every row starts at slot 0 (no left padding), so the
 numbers a row sees, and the order in which they are summed, do not depend on its neighbours' lengths.
+
+A short prompt is copied into the slots of every row that asks it. A long one (`SHARED_FROM`) is stored once, and one product serves all rows that share
+it; their own slots hold their answers alone.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convergent.errors import ModelError
-from convergent.sampling import kernel
-
-ATTENTION = "convergent_slots"
 SPAN = 32
 """Attention looks at a multiple of this many positions: few distinct shapes, and sums in a fixed order."""
+SHARED_FROM = 128
+"""Tokens of a prompt from which on it is stored once: with fewer, the products per prompt cost what reading its copies does."""
+SHARING = 4
+"""Rows that a product with a shared prompt has at least; fewer are filled up, since one row alone may be summed in another order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """Rows of a batch that have the same prompt outside their own slots, or none there."""
+
+    rows: Tensor
+    """(n,) places in the batch; the last repeats where there are fewer than SHARING."""
+    prompt: SlotCache | None
+    n_tokens: int
 
 
 @dataclass
@@ -34,7 +47,13 @@ class Step:
     positions: Tensor
     """(batch, n_tokens) position of every new token."""
     span: int
-    """Positions visible to any row, rounded up to a multiple of SPAN."""
+    """Slots of their own visible to any row, rounded up to a multiple of SPAN."""
+    before: Tensor | None = None
+    """(batch, 1) tokens of each row that are not in its own slots; None if all are."""
+    sharing: Sequence[Sharing] = ()
+    """Who has which prompt, if any row has one outside its slots."""
+    layer: int = 0
+    """The one that attends next."""
     stored: int = 0
     """Layers that handed over keys and values."""
     read: int = 0
@@ -45,13 +64,14 @@ class _Now(threading.local):
     step: Step
 
 
-_now = _Now()
+now = _Now()
+"""The step whose layer this thread's next call of the attention function belongs to."""
 
 
 @contextmanager
 def attending(positions: Tensor) -> Iterator[None]:
-    """Run the body with `attention` at given positions (batch, n_tokens), for a call outside a model."""
-    _now.step = Step(slice(0, len(positions)), positions, 0)
+    """Run the body with attention at given positions (batch, n_tokens), for a call outside a model."""
+    now.step = Step(slice(0, len(positions)), positions, 0)
     yield
 
 
@@ -73,12 +93,22 @@ class SlotCache:
         self.values: dict[int, Tensor] = {}
         self.step: Step | None = None
         self._stacks: list[_Stack] = []
+        self._prompts: list[tuple[SlotCache, int] | None] = [None] * n_rows
+
+    def before(self, row: int) -> int:
+        """Tokens of a row that are not in its own slots."""
+        prompt = self._prompts[row]
+        return prompt[1] if prompt else 0
 
     def begin(self, rows: slice, positions: Tensor, furthest: int) -> Step:
-        """Prepare the next forward pass: `furthest` is the largest number of tokens any of its rows will hold after it."""
+        """Prepare the next forward pass: `furthest` is the largest number of slots any of its rows will fill with it."""
         # On a GPU always the whole length: one shape, so one graph, and the kernel reads no further than each row has come.
         span = math.ceil(furthest / SPAN) * SPAN if positions.device.type == "cpu" else self.length
         self.step = Step(rows, positions, min(self.length, span))
+        prompts = self._prompts[rows]
+        if any(prompts):
+            self.step.before = torch.tensor([[p[1] if p else 0] for p in prompts])
+            self.step.sharing = _sharing(prompts)
         return self.step
 
     def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -87,7 +117,8 @@ class SlotCache:
         if step is None:
             raise RuntimeError("SlotCache.begin was not called before the forward pass")
         step.stored += 1
-        _now.step = step  # the attention function of this very layer is called next, and reads it
+        step.layer = layer
+        now.step = step  # the attention function of this very layer is called next, and reads it
         if layer not in self.keys:
             self.keys[layer] = k.new_zeros(self.n_rows, k.shape[1], self.length, k.shape[3])
             self.values[layer] = v.new_zeros(self.n_rows, v.shape[1], self.length, v.shape[3])
@@ -98,12 +129,25 @@ class SlotCache:
             values[step.rows, :, :n] = v
         else:
             where = torch.arange(step.rows.start, step.rows.stop, device=k.device)
-            keys[where, :, step.positions[:, 0]] = k[:, :, 0]
-            values[where, :, step.positions[:, 0]] = v[:, :, 0]
+            slots = (step.positions if step.before is None else step.positions - step.before)[:, 0]
+            keys[where, :, slots] = k[:, :, 0]
+            values[where, :, slots] = v[:, :, 0]
         return keys[step.rows, :, : step.span], values[step.rows, :, : step.span]
 
     def copy_row(self, source: SlotCache, row: int, n_tokens: int) -> None:
         """Take the first `n_tokens` positions of row 0 of `source` into `row`; clears nothing else."""
+        self._make_like(source)
+        self._prompts[row] = None
+        for mine, theirs in zip(self._stacks, source.stack(), strict=True):
+            mine.keys[:, row, :, :n_tokens] = theirs.keys[:, 0, :, :n_tokens]
+            mine.values[:, row, :, :n_tokens] = theirs.values[:, 0, :, :n_tokens]
+
+    def share_row(self, source: SlotCache, row: int, n_tokens: int) -> None:
+        """Let `row` begin behind the first `n_tokens` positions of row 0 of `source`, which stay where they are."""
+        self._make_like(source)
+        self._prompts[row] = source, n_tokens
+
+    def _make_like(self, source: SlotCache) -> None:
         if not self._stacks:
             for found in source.stack():
                 shape = (len(found.layers), self.n_rows, found.keys.shape[2], self.length)
@@ -111,15 +155,18 @@ class SlotCache:
                 self._stacks.append(_Stack(found.layers, keys, values))
                 self.keys.update(zip(found.layers, keys, strict=True))
                 self.values.update(zip(found.layers, values, strict=True))
-        for mine, theirs in zip(self._stacks, source.stack(), strict=True):
-            mine.keys[:, row, :, :n_tokens] = theirs.keys[:, 0, :, :n_tokens]
-            mine.values[:, row, :, :n_tokens] = theirs.values[:, 0, :, :n_tokens]
 
     def move(self, source: int, target: int, n_tokens: int) -> None:
         """Copy the first `n_tokens` positions of row `source` to row `target`."""
+        n_own = n_tokens - self.before(source)
         for one in self.stack():
             for tensor in (one.keys, one.values):
-                tensor[:, target, :, :n_tokens] = tensor[:, source, :, :n_tokens]
+                tensor[:, target, :, :n_own] = tensor[:, source, :, :n_own]
+        self._prompts[target] = self._prompts[source]
+
+    def leave(self, row: int) -> None:
+        """Nobody is in `row` any more."""
+        self._prompts[row] = None
 
     def stack(self) -> list[_Stack]:
         """Put layers of one shape together, if they are not yet: a row is copied in a few operations, not in two per layer."""
@@ -144,44 +191,14 @@ class SlotCache:
     is_compileable = False
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Grouped-query attention of new tokens over cached slots.
-
-    query (batch, n_heads, n_tokens, head_dim); key, value (batch, n_kv_heads, span, head_dim). Each query at position p sees the
-    slots p' <= p (and p' > p - sliding_window). Returns (batch, n_tokens, n_heads, head_dim). Plain matmuls: for one query and few heads
-    they are about twice as fast on a CPU as the fused kernel. On a GPU, decoding has a kernel of its own (`kernel`).
-    """
-    if kwargs.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__}: attention sinks are not supported by the sampler")
-    _now.step.read += 1
-    positions = _now.step.positions
-    b, n_heads, n, d = query.shape
-    n_kv = key.shape[1]
-    groups = n_heads // n_kv
-    scale = d**-0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
-    if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
-        return kernel.attend(query, key, value, positions, scale, window, softcap), None
-    slots = torch.arange(key.shape[2], device=key.device)
-    hidden = slots[None, None, :] > positions[:, :, None]
-    if window:
-        hidden = hidden | (slots[None, None, :] <= positions[:, :, None] - window)
-    q = (query * scale).reshape(b, n_kv, groups * n, d)
-    scores = torch.matmul(q, key.transpose(2, 3))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(b, n_kv, groups, n, -1).masked_fill_(hidden[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype).view(b, n_kv, groups * n, -1)
-    out = torch.matmul(weights, value)
-    return out.view(b, n_heads, n, d).transpose(1, 2), None
+def _sharing(prompts: Sequence[tuple[SlotCache, int] | None]) -> list[Sharing]:
+    """Places by prompt."""
+    places: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(id(prompt[0]) if prompt else 0, []).append(place)
+    found = []
+    for rows in places.values():
+        prompt = prompts[rows[0]]
+        filled = rows + rows[-1:] * (SHARING - len(rows)) if prompt else rows
+        found.append(Sharing(torch.tensor(filled), *(prompt or (None, 0))))
+    return found

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import SPAN, attending, attention
+from convergent.sampling.attention import attention
+from convergent.sampling.cache import SHARED_FROM, SPAN, SlotCache, attending, now
 
 LEAST = (4, 16)
 """Numbers of rows from which on products may be alike, in order of preference."""
+PROMPT_ROWS = (1, 2, 3, 4, 5, 7, 16, 33, 64)
 PANEL = 32
 PANELS_ON_GPU = (512, 256, 128, 64, PANEL)
 """The first whose cache, at `PANEL_TOKENS` to a row, stays within `PANEL_BYTES`: it must follow from the model alone, as tokens may depend on it."""
@@ -34,6 +36,8 @@ class Shape:
     """Rows are filled up to so many."""
     panel: int | None = None
     """The only number allowed, or None for any from `least` on."""
+    shares: bool = False
+    """Whether one product may serve all rows that share a prompt."""
 
 
 _known: dict[tuple[object, ...], Shape] = {}
@@ -56,12 +60,13 @@ def _probe(model: ChatModel, n_rows: int) -> Shape:
     if model.device.type != "cpu":
         size = panel_on_gpu(model)
         return Shape(size, size) if _linears_are_invariant(model, size, ()) and _attention_is_invariant(model, (size,)) else Shape(1, 1)
+    shares = sharing_is_invariant(model)
     for least in LEAST:
         if rows_are_invariant(model, n_rows, least):
-            return Shape(least)
+            return Shape(least, shares=shares)
     if _linears_are_invariant(model, PANEL, ()) and _attention_is_invariant(model, (PANEL,)):
-        return Shape(PANEL, PANEL)
-    return Shape(1, 1)
+        return Shape(PANEL, PANEL, shares)
+    return Shape(1, 1, shares)
 
 
 def panel_on_gpu(model: ChatModel) -> int:
@@ -113,6 +118,36 @@ def _attention_is_invariant(model: ChatModel, sizes: Sequence[int]) -> bool:
         with attending(torch.full((n, 1), SPAN - 2, device=like.device)):
             found += [attention(torch.nn.Module(), q[:n], k[:n, :, :s], v[:n, :, :s], None)[0] for s in (SPAN, 2 * SPAN, longest)]
     return all(torch.equal(f[: min(sizes)], found[0][: min(sizes)]) for f in found)
+
+
+@torch.inference_mode()
+def sharing_is_invariant(model: ChatModel) -> bool:
+    """Whether attention to a prompt that is stored once gives a row the same bits for any number and order of rows that share it.
+
+    Asked without regard to the size of a batch, as a row's tokens must not depend on it. Tried on prompts of several lengths.
+    """
+    n_heads, n_kv, d = _heads(model)
+    like = next(model.model.parameters())
+    most = max(PROMPT_ROWS)
+    q = _counted(most, n_heads, 1, d).to(like)
+    k, v = _counted(most, n_kv, SPAN, d).to(like), _counted(most, n_kv, SPAN, d).flip(0).to(like)
+    for length in (SHARED_FROM, SHARED_FROM + SPAN + 3, 8 * SHARED_FROM):
+        prompt = SlotCache(1, length)
+        prompt.keys[0], prompt.values[0] = (_counted(1, n_kv, prompt.length, d).to(like) * s for s in (1.0, -0.5))
+        cache = SlotCache(most, SPAN)
+
+        def attend(order: list[int], cache: SlotCache = cache, prompt: SlotCache = prompt, length: int = length) -> Tensor:
+            for place in range(len(order)):
+                cache.share_row(prompt, place, length)
+            now.step = cache.begin(slice(0, len(order)), torch.full((len(order), 1), length + 2), 3)
+            return attention(torch.nn.Module(), q[order], k[order], v[order], None)[0]
+
+        whole = attend(list(range(most)))
+        if not torch.equal(attend(list(reversed(range(most)))).flip(0), whole):
+            return False
+        if not all(torch.equal(attend(list(range(m))), whole[:m]) for m in PROMPT_ROWS):
+            return False
+    return True
 
 
 def _counted(*shape: int) -> Tensor:

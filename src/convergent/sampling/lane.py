@@ -26,7 +26,7 @@ from convergent.errors import ModelError
 from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import SlotCache
+from convergent.sampling.cache import SHARED_FROM, SlotCache
 from convergent.sampling.draw import draw
 from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape
@@ -83,11 +83,15 @@ class Work:
     def __init__(self, rows: Sequence[Row], n_lanes: int) -> None:
         # Requests that share condition and prompt follow each other, so that one prefill serves them all.
         self.rows = deque(sorted(rows, key=lambda r: (r.condition, r.request.question, r.request.system)))
-        self.longest = max((len(r.prompt) + r.request.condition.sampling.max_new_tokens for r in rows), default=1)
+        self._lengths = [(len(r.prompt), r.request.condition.sampling.max_new_tokens) for r in rows]
         self.stopped = threading.Event()
         self._kept = 2 * n_lanes
         self._starts: OrderedDict[Prompt, Future[Start]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def longest(self, sharing: bool) -> int:
+        """Most slots that a row will fill, if long prompts are stored apart or not."""
+        return max((new if sharing and prompt >= SHARED_FROM else prompt + new for prompt, new in self._lengths), default=1)
 
     def take(self) -> Row | None:
         """The next request, or None."""
@@ -135,7 +139,7 @@ class Lane:
         """The cache, and what a step reads and writes at the same place every time, so that it can be replayed."""
         step = self.shape.panel or self.shape.least
         n_rows, device = math.ceil(self.limit / step) * step, self.model.device
-        self.cache = SlotCache(n_rows, self.work.longest)
+        self.cache = SlotCache(n_rows, self.work.longest(self.shape.shares))
         self._inputs = torch.zeros(3, n_rows, dtype=torch.long, device=device)
         """Token, position and condition of every row."""
         self._logits: Tensor | None = None
@@ -149,7 +153,8 @@ class Lane:
                 while len(self.active) < self.limit and (row := self.work.take()) is not None:
                     self.active.append(row)
                     prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
-                    self.cache.copy_row(prefilled, len(self.active) - 1, len(row.prompt))
+                    put = self.cache.share_row if self.shape.shares and len(row.prompt) >= SHARED_FROM else self.cache.copy_row
+                    put(prefilled, len(self.active) - 1, len(row.prompt))
                     yield from self._extend([len(self.active) - 1], logits)
                 if not self.active:
                     return
@@ -198,7 +203,7 @@ class Lane:
         columns = zip(*((m.tokens[-1], m.position, m.condition) for m in self.active), strict=True)
         host.copy_(torch.tensor([list(c) + idle for c in columns]))
         inputs.copy_(host, non_blocking=True)
-        furthest = max(m.position for m in self.active) + 1
+        furthest = max(m.position - self.cache.before(place) for place, m in enumerate(self.active)) + 1
         for start in starts:
             part = slice(start, start + size)
             at = inputs[1, part, None]
@@ -241,6 +246,7 @@ class Lane:
             if place < len(self.active):
                 self.active[place] = last
                 self.cache.move(len(self.active), place, last.position)
+            self.cache.leave(len(self.active))
             yield row.index, self._response(row, finish)
 
     def _response(self, row: Row, finish: str) -> Response:

@@ -28,7 +28,7 @@ from convergent.interventions.hooks import Rows, applied_rows
 from convergent.models.attention import attending_by
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import ATTENTION, attention
+from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work
 from convergent.sampling.requests import Request
@@ -50,7 +50,8 @@ def sample(
     """Draw an answer for every request; returns them in the order of the requests.
 
     All requests must be for this `model`; their conditions differ in interventions and sampling parameters. `n_rows` bounds the batch
-    and so the memory (2 * n_layers * n_kv_heads * head_dim values per token and row); it does not change any answer. Where memory does not
+    and so the memory (2 * n_layers * n_kv_heads * head_dim values per token and row, a long prompt's once); it does not change any answer.
+    Where memory does not
     suffice all the same, batches are halved. `on_response` is called in the order of completion, in the caller's thread.
     """
     wanted = list(requests)
