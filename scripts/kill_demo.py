@@ -26,7 +26,7 @@ from convergent.core.ids import seed
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from test_kill import TABLES, figures, rows
 
-COMMAND = [sys.executable, "-c", "from convergent.cli import main; raise SystemExit(main())", "run"]
+COMMAND = [sys.executable, "-m", "convergent", "run"]
 
 
 def main() -> None:

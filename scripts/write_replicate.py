@@ -26,7 +26,7 @@ TEXT = ROOT / "scripts" / "replicate.md.in"
 
 
 def main(data: str, repeats: int) -> None:
-    command = [sys.executable, "-c", "from convergent.cli import main; raise SystemExit(main())", "replicate", "--data", data, "--json", "--repeats", str(repeats)]
+    command = [sys.executable, "-m", "convergent", "replicate", "--data", data, "--json", "--repeats", str(repeats)]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wall = time.monotonic() - start

@@ -21,7 +21,7 @@ ORDER = (
     "errors", "cache", "core", "stats", "tables", "rates", "correct", "power",
     "data", "models", "organisms", "interventions", "sampling", "judging", "directions", "experiments",
     "store", "report", "study", "replicate",
-    "doctor", "stages", "api", "cli",
+    "doctor", "stages", "api", "cli", "__main__",
 )  # fmt: skip
 """A stage imports earlier stages, never later ones. `stats` to `power` know numbers and files, and no stage."""
 

@@ -106,7 +106,7 @@ def test_start_is_lazy(module: str) -> None:
 
 def test_installed_command_passes_the_exit_code_on() -> None:
     for argv, want in ((["compare", "a", "b"], 2), (["rates", "--help"], 0)):
-        done = subprocess.run([sys.executable, "-m", "convergent.cli", *argv], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-m", "convergent", *argv], capture_output=True, text=True, timeout=120)
         assert done.returncode == want, done.stderr
         assert done.stderr.count("\n") == (want != 0)
 

@@ -111,7 +111,7 @@ def run_cli(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, env={**os.environ, **ENV, **env}, timeout=120)
 
 
-CLI = (sys.executable, "-c", "import sys; from convergent.cli import main; sys.exit(main())")
+CLI = (sys.executable, "-m", "convergent")
 ENV = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
 
 

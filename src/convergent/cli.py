@@ -387,7 +387,3 @@ def main(argv: list[str] | None = None) -> int:
 def _say(message: str) -> int:
     print(f"convergent: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
