@@ -44,7 +44,7 @@ def test_b_vector_finds_that_a_hidden_write_makes_the_direction(tmp_path: Path) 
     """cos(B, v) = 0 and yet B makes u downstream: so v taken out of B changes nothing, and v taken out of the stream restores."""
     found, values = verdicts(tmp_path, planted(0, origin=True), "hidden", (), B_VECTOR)
     held = {c for c, v in found.items() if v == "held"}
-    assert {"b_vector/orthogonal", "b_vector/downstream", "b_vector/rest", "b_vector/jacobian", "b_vector/everywhere"} <= held, found
+    assert {"b_vector/orthogonal", "b_vector/downstream", "b_vector/rest", "b_vector/jacobian", "b_vector/everywhere", "b_vector/stream-not-b"} <= held, found
     assert found["b_vector/in-b"] != "held"
     assert abs(values["b_vector/cosine"]["cosine"]["all"]) < 0.1
 

@@ -190,6 +190,16 @@ def test_every_claim_of_an_experiment_names_a_claim_that_is_there() -> None:
     assert {"ablation-layerwise", "ablation-single"} <= known
 
 
+def test_claims_that_state_the_opposite_of_the_papers_say_so() -> None:
+    """Found by their sentences: the paper's row and the study's claim beside it."""
+    opposed = set()
+    for module in EXPERIMENTS.values():
+        for part in {Path(module.__file__ or ""), Path((module.__file__ or "").removesuffix(".py") + "_page.py")}:
+            if part.is_file():
+                opposed |= set(re.findall(r'\bpaper="([^"]*)", opposes=True', part.read_text("utf-8")))
+    assert opposed == {"chat-baseline", "semantic"}
+
+
 def test_the_row_of_a_claim_shows_its_first_comparison_and_joins_its_verdicts(results: Results) -> None:
     rows = {r.paper.id: r for r in paper_rows(results)}
     assert rows["misaligned"].verdict == "held" and rows["misaligned"].live[0]["first"]["estimate"] == -14.2
@@ -201,6 +211,9 @@ def test_the_row_of_a_claim_shows_its_first_comparison_and_joins_its_verdicts(re
     assert [c["anchor"] for c in joined.live] == ["claim-1", "claim-2", "claim-3", "claim-4"]
     held = [{**c, "paper": "transfer", "verdict": "held"} for c in results.claims]
     assert {r.paper.id: r.verdict for r in paper_rows(dataclasses.replace(results, claims=held))}["transfer"] == "held"
+    turned = {r.paper.id: r for r in paper_rows(dataclasses.replace(results, claims=[{**c, "opposes": True} for c in results.claims]))}
+    assert turned["misaligned"].verdict == "did not hold" and turned["transfer"].verdict == "undecided"  # what was tested is the paper's opposite
+    assert turned["transfer"].live[0]["votes"] == {"held": 0, "did not hold": 1, "undecided": 1}
     assert set(claim_rows(results)["paper"]) == {"misaligned", "ablation-single", "transfer", "induction"}
 
 

@@ -357,7 +357,20 @@ def claims(block: BVectorBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             Claim(
                 f"b_vector/{mode}",
                 f"The direction {what} restores alignment in {o}, more than a random vector does (published: EM from {published[mode]})",
-                PAPER, CLAIMED_SIDE + NEW_DRAW, comparisons, paper="b-vector",
+                PAPER, CLAIMED_SIDE + NEW_DRAW, comparisons, paper="" if mode == "in-b" else "b-vector",  # of which the paper says that it does little
+            )
+        )  # fmt: skip
+    everywhere, in_b = f"{o}/b-everywhere", f"{o}/b-in-b"
+    if outcomes.has(everywhere, in_b):
+        found.append(
+            Claim(
+                "b_vector/stream-not-b",
+                f"The direction restores alignment in {o} more where it is projected out of the stream than where it is taken out of B "
+                "(published: EM from 17 % to 0.25 % and to 13 %)",
+                PAPER, CLAIMED_SIDE, [
+                    outcomes.alignment(everywhere, in_b, "mean alignment, out of the stream minus out of B (above 0 claimed)"),
+                    outcomes.margin(everywhere, in_b, "margin for bad answers, out of the stream minus out of B (below 0 claimed)", sign=-1),
+                ], paper="b-vector",
             )
         )  # fmt: skip
     return found

@@ -184,7 +184,7 @@ def claims(block: CosineBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]:
             "Directions of different organisms are nearer to each other than the chat model's directions on the same texts are "
             "(published data: the chat model on an organism's texts has cosine 1.00 with it up to layer 20)",
             "control of paper section 3.5", f"at the primary layer {rule}, in every comparison but that of spans, which is only shown",
-            texts, paper="chat-baseline",
+            texts, paper="chat-baseline", opposes=True,
         ),
     ]  # fmt: skip
 

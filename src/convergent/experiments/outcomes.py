@@ -55,6 +55,8 @@ class Claim:
     evidence: Sequence[Evidence] = field(default=())
     paper: str = ""
     """Id of the paper's claim that it is about (report/paper_claims.yaml); empty for what the paper does not say."""
+    opposes: bool = False
+    """Whether it states the opposite of that claim: where it held, the paper's did not."""
 
     @property
     def verdict(self) -> Verdict:

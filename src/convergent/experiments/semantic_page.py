@@ -111,7 +111,7 @@ def _cosine_claim(topic: str, own: Mapping[str, Any], scene: Scene) -> Claim:
         f"semantic/cosine/{topic}",
         f"The direction inside {topic} answers is another one than the general direction, by more than few answers and few questions explain"
         f"{PUBLISHED.get(topic, '')}",
-        SOURCE, CLAIMED_SIDE, comparisons, paper="semantic",
+        SOURCE, CLAIMED_SIDE, comparisons, paper="semantic", opposes=True,
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ class Row:
 
     paper: PaperClaim
     live: tuple[Mapping[str, Any], ...]
-    """The study's claims: `anchor` on the page, `claim`, `verdict`, `first` (its first comparison), `n` comparisons, `votes` (verdict -> how many)."""
+    """The study's claims: `anchor` on the page, `claim`, `verdict`, `first` (its first comparison), `n` comparisons, `votes` (verdict -> how many); verdict and
+    votes are on the paper's claim, so turned round where the study tests its opposite (`opposes`)."""
     verdict: str
     """Over every comparison with every control: held, did not hold, undecided; or not in this study."""
 
@@ -81,10 +82,19 @@ def paper_rows(results: Results) -> list[Row]:
     live: dict[str, list[Mapping[str, Any]]] = {}
     for k, claim in enumerate(results.claims):
         evidence = [e for e in claim.get("evidence") or [] if e.get("decides", True)]
-        votes = {v: sum(e.get("supports") == v for e in evidence) for v in ("held", "did not hold", "undecided")}
-        shown = {"anchor": anchor(k), **{key: claim.get(key, "") for key in ("claim", "verdict")}, "first": evidence[0] if evidence else None}
-        live.setdefault(str(claim.get("paper") or ""), []).append({**shown, "n": len(evidence), "votes": votes})
+        opposes = bool(claim.get("opposes"))
+        said = [_turned(str(e.get("supports")), opposes) for e in evidence]
+        shown = {
+            "anchor": anchor(k), "claim": claim.get("claim", ""), "opposes": opposes, "verdict": _turned(str(claim.get("verdict", "")), opposes),
+            "first": evidence[0] if evidence else None, "n": len(evidence), "votes": {v: said.count(v) for v in ("held", "did not hold", "undecided")},
+        }  # fmt: skip
+        live.setdefault(str(claim.get("paper") or ""), []).append(shown)
     return [Row(p, tuple(mine), _overall([c["verdict"] for c in mine])) for p in paper_claims() for mine in [live.get(p.id, [])]]
+
+
+def _turned(verdict: str, opposes: bool) -> str:
+    """A verdict on a statement as one on its opposite."""
+    return {"held": "did not hold", "did not hold": "held"}.get(verdict, verdict) if opposes else verdict
 
 
 def anchor(k: int) -> str:

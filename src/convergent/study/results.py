@@ -261,7 +261,8 @@ def with_holm(claims: Sequence[Claim]) -> list[dict[str, Any]]:
 
     return [
         {
-            "id": c.id, "claim": c.claim, "source": c.source, "verdict": c.verdict, "rule": c.rule, "paper": c.paper, "p": plain(c.p), "p_holm": plain(p),
+            "id": c.id, "claim": c.claim, "source": c.source, "verdict": c.verdict, "rule": c.rule, "paper": c.paper, "opposes": c.opposes,
+            "p": plain(c.p), "p_holm": plain(p),
             "after_holm": "undecided" if c.verdict == "held" and p >= stats.ONE_SIDED else c.verdict,
             "evidence": [{k: plain(v) for k, v in e.__dict__.items()} for e in c.evidence],
         }
