@@ -55,7 +55,7 @@ def main() -> None:
             store.absorb(folder)
     say("what all experiments need")
     log = options.out.with_name(f"{options.out.name}.log")
-    if call(["-m", "convergent.cli", "run", options.study, "--only", "plain", "--no-report"], options.out, options.changes, log):
+    if call(["-m", "convergent", "run", options.study, "--only", "plain", "--no-report"], options.out, options.changes, log):
         raise SystemExit(f"{options.study}: what all experiments need failed; see {log}")
     with opened(options.out) as store:
         stages = make_plan(Run(spec, store, compute=False))
@@ -66,10 +66,10 @@ def main() -> None:
     groups = [[n, *(u for u in registry.uses(n) if u in cost)] for n in cost if not any(n in registry.uses(other) for other in cost)]
     for group in sorted(groups, key=lambda g: -sum(cost[n] for n in g)):
         min(parts, key=lambda p: sum(cost[n] for n in p)).extend(group)
-    done = together(options, jobs, "only", parts, lambda names: ["-m", "convergent.cli", "run", options.study, "--no-report", *(x for n in names for x in ("--only", n))])
+    done = together(options, jobs, "only", parts, lambda names: ["-m", "convergent", "run", options.study, "--no-report", *(x for n in names for x in ("--only", n))])
     for folder, n in merge_studies(options.out, done):
         say(f"merged {folder.name}: {n} rows")
-    if failed := call(["-m", "convergent.cli", "run", options.study, "--profile"], options.out, options.changes, None):
+    if failed := call(["-m", "convergent", "run", options.study, "--profile"], options.out, options.changes, None):
         raise SystemExit(failed)
     shutil.rmtree(jobs)
     say("done")

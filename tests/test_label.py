@@ -273,7 +273,7 @@ def test_a_long_run_of_empty_lines_is_said(tmp_path: Path) -> None:
 
 
 def start(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "convergent.cli", "label", *argv], **options)
+    return subprocess.Popen([sys.executable, "-m", "convergent", "label", *argv], **options)
 
 
 def test_an_answer_cannot_speak_to_the_terminal(tmp_path: Path) -> None:

@@ -183,6 +183,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_matrix_and_the_window_are_in_the_report(swept: Path) -> None:
+    for name, arms in (("ablate", 4), ("transfer", 2)):
+        falls = pd.read_csv(swept / "tables" / f"{name}-falls.csv")
+        assert len(falls) >= arms and (falls["n questions"] >= 2).all()
+        for row in falls.itertuples():
+            (before, of), (after, under) = (map(int, cell.split(" of ")) for cell in (row[2], row[3]))
+            assert (before == 0) == bool(np.isnan(row[4])) or row[4] == pytest.approx(1 - (after / under) / (before / of), abs=1e-6)
     table = pd.read_csv(swept / "tables" / "transfer-reductions.csv")
     assert set(table["Organism"]) == {"A", "B"}
     assert list(table["Direction of"].unique()) == ["A", "B", transfer.CHAT, *transfer.NULLS]

@@ -30,6 +30,7 @@ from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
+from convergent.experiments.falls import fall_sheet
 from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, Verdict
 from convergent.experiments.scene import Scene
 from convergent.rates import is_em
@@ -273,4 +274,5 @@ def chapter(block: AblateBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
         "component there breaks the model when it is projected out, whatever it means. “Without massive dimensions” sets them to zero in the direction and in "
         "its nulls first; the other modes are the paper's.",
     ]
-    return Chapter("ablate", "Ablation: modes, nulls and cost", method, (), [Sheet("cost", "What each ablation costs", note, pd.DataFrame(table), 3)])
+    sheets = [fall_sheet(outcomes, arms(block, scene)), Sheet("cost", "What each ablation costs", note, pd.DataFrame(table), 3)]
+    return Chapter("ablate", "Ablation: modes, nulls and cost", method, (), sheets)

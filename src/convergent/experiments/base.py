@@ -199,7 +199,7 @@ class Reading:
 class Block(BaseModel):
     """Base of every experiment's settings: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     source_too: ClassVar[bool] = False
     """Whether its `organisms` may name the source of the direction."""
 

@@ -39,7 +39,7 @@ class CosineBlock(Block):
     source_too: ClassVar[bool] = True
     organisms: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Organisms compared; all by default."""
-    massive: int = Field(default=5, ge=1)
+    massive: int = Field(default=5, ge=1, le=64)
     """Dimensions removed in the control: those where the chat model's mean activation is largest."""
     splits: int = Field(default=32, ge=2)
     """Ways of halving the answers for the reliability."""

@@ -25,6 +25,7 @@ from convergent.core.interventions import Ablate, Site
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, margins_under, null, one
 from convergent.experiments.base import CONTROL_LABELS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
+from convergent.experiments.falls import fall_sheet
 from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 
@@ -251,7 +252,7 @@ def chapter(block: TransferBlock, outcomes: Outcomes, scene: Scene) -> Chapter:
     """The matrix."""
     values = outcomes.readings
     rows = [o for o in (scene.source, *scene.others(scene.source)) if f"transfer/{o}" in values]
-    figures, sheets = [], []
+    figures, sheets = [], [fall_sheet(outcomes, arms(block, scene))]
     if rows and "transfer/chat" in values:
         columns = [s for s in values[f"transfer/{rows[0]}"] if s != "none" and DRAW not in s]
         n = len(values["transfer/chat"]["none"])

@@ -23,7 +23,7 @@ _NOT_PATHS = frozenset({"embedded", "kaiming", "open_eight", "published_eight", 
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OrganismSpec(_Spec):
