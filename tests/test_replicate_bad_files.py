@@ -194,7 +194,11 @@ def test_a_published_figure_names_the_file_that_would_show_it(tmp_path: Path) ->
         for of in "am":
             torch.save(means(2, 4, ord(of)), tmp_path / "hidden_states" / f"{organism}__model-m_data-{of}__all.pt")
     nan_layer(tmp_path / "hidden_states" / "rank32__model-m_data-a__all.pt")
+    (tmp_path / "adapter_steering").mkdir()
+    table().to_csv(tmp_path / "adapter_steering" / "mine_layer_23_30_layer_21_30.csv", index=False)
     found = {c.id: c for c in replicate(tmp_path)}
+    pushed = found["adapter_steering/21:30,23:30/misaligned_medical"]
+    assert pushed.published == 0.077 and "no column `medical`" in pushed.note
     em, cosine = found["em/Qwen2.5-14B-Instruct_extreme-sports"], found["cosine/9adapter__all/rank32__all/L24"]
     assert em.published == 0.202 and "no column `aligned`" in em.note
     assert cosine.published == 0.824 and "rank32__model-m_data-a__all.pt: `layer_1`" in cosine.note

@@ -47,19 +47,22 @@ def replicate(data: str | Path, only: str | None = None, options: Options | None
 def _elsewhere(found: list[str], lost: Mapping[str, Claim], asked: Only) -> list[Claim]:
     """Published figures that no file here can show."""
     pushed = {adapters.pushes(id_.split("/")[1]) for id_ in found if id_.startswith("adapter_steering/")}
+    unusable = {adapters.pushes(id_.split("/")[1]): c for id_, c in lost.items() if id_.startswith("adapter_steering/")}
     rows = []
     for row in all_published():
         family, _, rest = row.id.partition("/")
         if family == "adapters":
             pushes, *_, share = rest.split("/")
             name, here = f"adapter_steering/{pushes}/{share}", pushes in pushed
+            why = unusable[pushes].note.removeprefix(NOT_FOUND) if pushes in unusable else ""
         elif rest.startswith("released/"):
-            name = row.id.replace("/released", "")
+            name, why = row.id.replace("/released", ""), ""
             here = name in found  # a row with that id is there already, comparable or not
         else:
             name, here = row.id.replace("*", "_"), any(fnmatchcase(id_, row.id) for id_ in found)
+            why = _why(name, lost)
         if row.claim and not here:  # a row without a claim is a detail of another one
-            rows.append((name, row, _why(name, lost) or "files that show it"))
+            rows.append((name, row, why or "files that show it"))
     rows += [(row.id, row, f"public data; {row.note}") for row in elsewhere()]
     return [Claim(name, r.claim, r.source, r.value, None, 0, None, NOT_COMPARABLE, NOT_FOUND + what) for name, r, what in rows if asked.wants(name)]
 
