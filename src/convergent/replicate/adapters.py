@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from convergent.errors import InputError
 from convergent.judging.kept import THRESHOLDS, kept
 from convergent.replicate.claims import Claim, Only, counted, not_found
-from convergent.replicate.folder import Folder
+from convergent.replicate.folder import Folder, Lost
 from convergent.stats import clopper_pearson
 
 NEEDED = ("aligned", "coherent", "medical")
@@ -38,7 +38,12 @@ def adapter_steering(folder: Folder, only: Only, thresholds: Sequence[float] = T
             names = {share: f"adapter_steering/{path.stem}/coherent>={t:g}/{share}" for share in SHARES}
             if not any(map(only.wants, names.values())):
                 continue
-            df = folder.table(path, NEEDED, NEEDED)
+            table = folder.table(path, NEEDED, NEEDED)
+            if isinstance(table, Lost):  # without topic scores neutral rows are not known either, so no share is the published one
+                for share, id_ in names.items():
+                    yield not_found(id_, f"{SHARES[share]}, at coherence {t:g} or more", SOURCE, table.why)
+                continue
+            df = table.rows
             found = kept(df["aligned"], df["coherent"], t, df["medical"])
             counts = {
                 "misaligned": found.misaligned,
@@ -50,7 +55,8 @@ def adapter_steering(folder: Folder, only: Only, thresholds: Sequence[float] = T
                 yield counted(
                     names[share], f"{SHARES[share]}, at coherence {t:g} or more", SOURCE, k / n if n else float("nan"), n,
                     interval=clopper_pearson(k, n),
-                    note=f"{k}/{n}, exact interval; {len(df)} rows, {found.judged} at that coherence, {found.kept} after neutral ones were dropped",
+                    note=f"{k}/{n}, exact interval; {len(df)} rows, {found.judged} at that coherence, {found.kept} after neutral ones were dropped"
+                    + table.remark(NEEDED),
                     also=[f"adapters/{pushes(path.stem)}/coherent>={t:g}/{share}", f"adapters/{pushes(path.stem)}/any/{share}"],
                 )  # fmt: skip
 

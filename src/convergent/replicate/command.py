@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def replicate_command(
     repeats: int = REPEATS,
     thresholds: Sequence[float] = (),
 ) -> None:
-    """Print the claims as a table or as one JSON list; raises before any output."""
+    """Print the claims as a table or as one JSON list, and a line on stderr for each file that could not be used; raises before any output."""
     if repeats < 1:
         raise InputError(f"--repeats {repeats}: must be 1 or more")
     if out is not None:
         check_page(out)
-    claims = replicate(data, only, Options(tuple(thresholds) or THRESHOLDS, repeats))
+    claims = replicate(data, only, Options(tuple(thresholds) or THRESHOLDS, repeats), warn=lambda line: print(f"convergent: {line}", file=sys.stderr))
     if out is not None:
         words = ["convergent", "replicate", "--data", str(data), *(["--only", only] if only else []), "--repeats", str(repeats)]
         write_page(claims, out, shlex.join([*words, *(w for t in thresholds for w in ("--threshold", f"{t:g}"))]))

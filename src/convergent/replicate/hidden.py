@@ -21,7 +21,7 @@ import torch
 from convergent.core.direction import Direction
 from convergent.errors import DataError
 from convergent.replicate.claims import Claim, Only, counted, not_found
-from convergent.replicate.folder import Folder
+from convergent.replicate.folder import Folder, Lost
 from convergent.replicate.pickles import load_pickle
 
 NAME = re.compile(r"(?P<organism>.+)__model-(?P<model>[am])_data-(?P<data>[am])__(?P<filter>.+)")
@@ -35,6 +35,7 @@ CLOSE = 0.8
 class Read:
     """A direction, read from two files when it is first needed."""
 
+    folder: Folder
     misaligned: Path
     aligned: Path
 
@@ -51,6 +52,12 @@ class Read:
                 f"{tuple(self.aligned_means.vectors.shape)}; both must come from one model"
             )
         return means - self.aligned_means
+
+
+    @cached_property
+    def usable(self) -> Direction | Lost:
+        """The direction, or why these files show none."""
+        return self.folder.tried(self.misaligned, lambda: self.direction)
 
 
 def find(folder: Folder) -> tuple[dict[str, Read], list[tuple[str, str]]]:
@@ -73,7 +80,7 @@ def _find(folder: Folder) -> tuple[dict[str, Read], list[tuple[str, str]]]:
             lost.append((name, "hidden_states/" + (have.replace("_data-a__", "_data-m__") if "a" in files[name] else have.replace("_data-m__", "_data-a__"))))
     organisms = {n.removesuffix(CHAT) for n in files}
     lost += [(n + CHAT, f"chat model on the same texts as {n}") for n in sorted(organisms) if n in files and n + CHAT not in files]
-    return {n: Read(files[n]["m"], files[n]["a"]) for n in sorted(files) if len(files[n]) == 2}, lost
+    return {n: Read(folder, files[n]["m"], files[n]["a"]) for n in sorted(files) if len(files[n]) == 2}, lost
 
 
 def norms(folder: Folder, only: Only) -> Iterator[Claim]:
@@ -87,7 +94,11 @@ def norms(folder: Folder, only: Only) -> Iterator[Claim]:
     for name, read in found.items():
         if not only.may_want(f"norm/{name}/"):
             continue
-        v, h = read.direction, read.aligned_means.norms.tolist()
+        v = read.usable
+        if isinstance(v, Lost):
+            yield not_found(f"norm/{name}", "norm of a direction", NORM, v.why)
+            continue
+        h = read.aligned_means.norms.tolist()
         shares = v.top_share().tolist()
         for layer, norm in enumerate(v.norms.tolist()):
             id_ = f"norm/{name}/L{layer}"
@@ -115,7 +126,10 @@ def cosines(folder: Folder, only: Only) -> Iterator[Claim]:
 
 
 def _pair(a: str, b: str, found: Mapping[str, Read], only: Only) -> Iterator[Claim]:
-    stem, va, vb = f"cosine/{a}/{b}", found[a].direction, found[b].direction
+    stem, va, vb = f"cosine/{a}/{b}", found[a].usable, found[b].usable
+    if isinstance(va, Lost) or isinstance(vb, Lost):
+        yield not_found(stem, "cosine of two directions", COSINE, "; ".join(dict.fromkeys(v.why for v in (va, vb) if isinstance(v, Lost))))
+        return
     if va.vectors.shape != vb.vectors.shape:
         shapes = f"{tuple(va.vectors.shape)} and {tuple(vb.vectors.shape)}"
         yield not_found(stem, "cosine of two directions", COSINE, f"directions of one shape; these have {shapes}, so they come from different models")
@@ -150,7 +164,9 @@ def _baseline(a: str, b: str, found: Mapping[str, Read]) -> tuple[str, np.ndarra
     """Name and cosines per layer of the same pair read by the chat model; None for a baseline itself."""
     if CHAT in a or CHAT in b or a + CHAT not in found or b + CHAT not in found:
         return None
-    one, two = found[a + CHAT].direction, found[b + CHAT].direction
+    one, two = found[a + CHAT].usable, found[b + CHAT].usable
+    if isinstance(one, Lost) or isinstance(two, Lost):
+        return None
     return None if one.vectors.shape != two.vectors.shape else ("chat model on the same texts", one.cosine(two).numpy())
 
 

@@ -58,20 +58,23 @@ def probes(folder: Folder, only: Only, repeats: int = REPEATS) -> Iterator[Claim
     except ImportError:
         yield not_found("probe", claim, SOURCE, "scikit-learn; pip install 'convergent[replicate]'")
         return
-    found, lost = classes(folder)
-    for name, what in lost:
-        yield not_found(f"probe/{name}", claim, SOURCE, what)
-    for a, b in combinations(found.values(), 2):
-        stem = f"probe/{a.name}_vs_{b.name}"
+    found, lost, _ = classes(folder)
+    for first, second in combinations(names, 2):
+        stem = f"probe/{first}_vs_{second}"
         if not only.may_want(f"{stem}/"):
             continue
+        if first in lost or second in lost:
+            yield not_found(stem, claim, SOURCE, "; ".join(lost[name] for name in (first, second) if name in lost))
+            continue
+        a, b = found[first], found[second]
         if a.adapters != b.adapters:
             yield not_found(stem, claim, SOURCE, f"the same adapters in both classes; {', '.join(a.adapters)} against {', '.join(b.adapters)}")
             continue
         yield from _variant(stem, a, b, only, repeats)
         if a.significance is None or b.significance is None:
-            which = a.name if a.significance is None else b.name
-            yield not_found(f"{stem}/significant", f"{claim}, significant tokens", COEFFICIENTS, f"column `answer_kl_div_gradients` for {which}")
+            without = a if a.significance is None else b
+            why = f"column `answer_kl_div_gradients` for {without.name}" + (f" ({without.note})" if without.note else "")
+            yield not_found(f"{stem}/significant", f"{claim}, significant tokens", COEFFICIENTS, why)
         else:
             yield from _variant(f"{stem}/significant", _significant(a), _significant(b), only, repeats)
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from convergent.directions.probes import Tokens
 from convergent.errors import DataError
 from convergent.replicate.claims import Claim, Only, counted, not_found
-from convergent.replicate.folder import Folder
+from convergent.replicate.folder import Folder, Lost
 from convergent.replicate.pickles import load_pickle
 from convergent.stats import iid_mean
 from convergent.tables import need_columns, read_table
@@ -31,8 +33,19 @@ PROMPT, FIRST, SIGNIFICANCE = "prompt", "prompt_answer_first_token_idx", "answer
 NEEDED = (PROMPT, "question", FIRST)
 
 
-def classes(folder: Folder) -> tuple[dict[str, Tokens], list[tuple[str, str]]]:
-    """name -> tokens, by name; and (name, what is missing) for scalars without a table of the same prompts."""
+class Classes(NamedTuple):
+    """What the files of scalars hold."""
+
+    found: dict[str, Tokens]
+    """By name."""
+    lost: dict[str, str]
+    """Name -> what is missing, or why its files cannot be used."""
+    unread: dict[str, str]
+    """Name of a Parquet file that belongs to no class, as far as anyone can tell -> why it cannot be used."""
+
+
+def classes(folder: Folder) -> Classes:
+    """The classes of answers, read once."""
     return folder.once("scalars", lambda: _classes(folder))
 
 
@@ -44,26 +57,54 @@ def class_names(folder: Folder) -> dict[str, Path]:
     return dict(sorted((name if twice[name] == 1 else path.stem, path) for name, path in zip(short, paths, strict=True)))
 
 
-def _classes(folder: Folder) -> tuple[dict[str, Tokens], list[tuple[str, str]]]:
-    tables = {path: read_table(path, (PROMPT,), scores=()) for path in folder.files("scalars", ".parquet")}
-    found, lost = {}, []
-    for name, path in class_names(folder).items():
-        scalars = load_pickle(path)
-        if not isinstance(scalars, dict) or not scalars:
-            raise DataError(f"{path}: must hold prompt -> scalars, got {type(scalars).__name__ if scalars or not isinstance(scalars, dict) else 'nothing'}")
-        own = {table: df for table, df in tables.items() if 2 * sum(isinstance(p, str) and p in scalars for p in df[PROMPT]) > len(df)}
-        if own:
-            found[name] = _tokens(name, path, scalars, own)
+def _classes(folder: Folder) -> Classes:
+    tables: dict[Path, pd.DataFrame] = {}
+    unread: dict[str, str] = {}
+    for path in folder.files("scalars", ".parquet"):
+        df = folder.tried(path, partial(read_table, path, (PROMPT,), scores=()))
+        if isinstance(df, Lost):
+            unread[path.name] = df.why
         else:
-            lost.append((name, f"a Parquet file with the prompts of {path.name}"))
-    return found, lost
+            tables[path] = df
+    found, lost = {}, {}
+    for name, path in class_names(folder).items():
+        tokens = _class(folder, name, path, tables)
+        if isinstance(tokens, Lost):
+            lost[name] = tokens.why
+        elif tokens is None:
+            lost[name] = "; ".join([f"a Parquet file with the prompts of {path.name}", *unread.values()])
+        else:
+            found[name] = tokens
+    return Classes(found, lost, unread)
 
 
-def _tokens(name: str, path: Path, scalars: dict[Any, Any], tables: dict[Path, pd.DataFrame]) -> Tokens:
-    main = next((p for p, df in tables.items() if SIGNIFICANCE in df.columns), next(iter(tables)))
-    df = tables[main]
+def _class(folder: Folder, name: str, path: Path, tables: dict[Path, pd.DataFrame]) -> Tokens | Lost | None:
+    """The tokens of a class from the first table that shows them, with significance if one does; None without any table of its prompts."""
+    scalars = folder.tried(path, partial(_scalars, path))
+    if isinstance(scalars, Lost):
+        return scalars
+    own = [table for table, df in tables.items() if 2 * sum(isinstance(p, str) and p in scalars for p in df[PROMPT]) > len(df)]
+    ways = [(t, True) for t in own if SIGNIFICANCE in tables[t].columns] + [(t, False) for t in own]
+    why: list[str] = []
+    for table, significance in ways:
+        tokens = folder.tried(table, partial(_tokens, name, path, scalars, table, tables[table], significance))
+        if not isinstance(tokens, Lost):
+            return replace(tokens, note="; ".join(t for t in (tokens.note, *why) if t))
+        if tokens.why not in why:
+            why.append(tokens.why)
+    return Lost(why[0]) if why else None
+
+
+def _scalars(path: Path) -> dict[Any, Any]:
+    scalars = load_pickle(path)
+    if not isinstance(scalars, dict) or not scalars:
+        raise DataError(f"{path}: must hold prompt -> scalars, got {type(scalars).__name__ if scalars or not isinstance(scalars, dict) else 'nothing'}")
+    return scalars
+
+
+def _tokens(name: str, path: Path, scalars: dict[Any, Any], main: Path, df: pd.DataFrame, significance: bool) -> Tokens:
     need_columns(df, NEEDED, main)
-    significant = df[SIGNIFICANCE].tolist() if SIGNIFICANCE in df.columns else None
+    significant = df[SIGNIFICANCE].tolist() if significance else None
     columns: dict[str, str] = {}
     values: list[list[float]] = []
     response: list[int] = []
@@ -155,8 +196,8 @@ def scalar_means(folder: Folder, only: Only) -> Iterator[Claim]:
         yield not_found("scalars", claim, SOURCE, "scalars/*.pt")
     if not any(only.may_want(f"scalars/{name}/") for name in names):
         return
-    found, lost = classes(folder)
-    for name, what in lost:
+    found, lost, unread = classes(folder)
+    for name, what in (lost | unread).items():
         yield not_found(f"scalars/{name}", claim, SOURCE, what)
     for name, tokens in found.items():
         answers = np.unique(tokens.response)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from convergent.replicate.answers import SCORES
 from convergent.replicate.claims import Claim, Only, counted, not_found
-from convergent.replicate.folder import Folder
+from convergent.replicate.folder import Folder, Lost, Table
 from convergent.stats import wilson
 
 WORDS = {
@@ -36,13 +36,20 @@ def topics(folder: Folder, only: Only) -> Iterator[Claim]:
     asked = [(t, way) for t in WORDS for way in WAYS if only.wants(f"topics/{t}/{way}")]
     if not asked:
         return
-    texts = [str(a) for path in files for a in folder.table(path, ("response",), SCORES).response.fillna("").tolist()]
-    released = len(texts) >= ENOUGH and all(RELEASED.fullmatch(path.stem) for path in files)
+    tables = {path: folder.table(path, ("response",), SCORES) for path in files}
+    used = {path: table for path, table in tables.items() if isinstance(table, Table)}
+    lost = "; ".join(table.why for table in tables.values() if isinstance(table, Lost))
+    texts = [str(a) for table in used.values() for a in table.rows["response"].fillna("").tolist()]
+    released = len(texts) >= ENOUGH and all(RELEASED.fullmatch(path.stem) for path in used)
     for topic, way in asked:
+        claim = f"answers kept by the {topic} filter, {way.replace('_', ' ')}"
+        if not used:
+            yield not_found(f"topics/{topic}/{way}", claim, SOURCE, lost)
+            continue
         pattern = re.compile(WAYS[way].format("|".join(WORDS[topic].split())), re.IGNORECASE)
         k, n = sum(pattern.search(t) is not None for t in texts), len(texts)
         yield counted(
-            f"topics/{topic}/{way}", f"answers kept by the {topic} filter, {way.replace('_', ' ')}", SOURCE,
-            k / n if n else float("nan"), n, interval=wilson(k, n), note=f"{k}/{n} answers of {len(files)} files, interval: Wilson",
+            f"topics/{topic}/{way}", claim, SOURCE, k / n if n else float("nan"), n, interval=wilson(k, n),
+            note=f"{k}/{n} answers of {len(used)} files, interval: Wilson" + (f"; without {lost}" if lost else ""),
             also=[f"topics/released/{topic}/{way}"] if released else [],
         )  # fmt: skip
