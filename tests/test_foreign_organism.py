@@ -22,7 +22,7 @@ BASES: dict[str, dict[str, Any]] = {
     "llama": {"n_layers": 7, "d_model": 24, "num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": False, "intermediate_size": 40},
 }
 SMALL: dict[str, dict[str, Any]] = {
-    "b_vector": {"texts": 2, "jacobian_texts": 2, "random": 20}, "scalars": {"repeats": 2, "draws": 2}, "cosine": {"draws": 39, "splits": 2},
+    "b_vector": {"texts": 2, "jacobian_texts": 2, "random": 20}, "scalars": {"repeats": 2, "draws": 3}, "cosine": {"draws": 39, "splits": 2},
     "subspace": {"ks": [1, 2], "sampled_k": [1]}, "semantic": {"words": {"any": ["a", "e", "the", "i"]}, "min_rows": 2, "draws": 19},
     "steer": {"scales": [1], "window_layers": 0}, "ablate": {"modes": ["single"]}, "self_correction": {"scales": [1.0]}, "adapter_steer": {"margin_pairs": 2},
 }  # fmt: skip

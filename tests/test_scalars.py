@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from convergent.directions import probes
+from convergent.directions import probes, scalar_probes
 from convergent.directions.probes import Task, Tokens, alone, by_group, by_question, by_token, coefficients, over_questions, question_only, task
 from convergent.directions.scalar_probes import MAIN, Rules, measured, members
 from convergent.directions.scalars import answer_kl, labels, mean_scalars, random_readers, read_answer, readers
@@ -246,6 +247,47 @@ def test_sets_come_from_the_probe() -> None:
         members("general", 4, value, "medical")
 
 
+def read_by(readers: np.ndarray, stream: np.ndarray, answer: np.ndarray, questions: Sequence[int], own: int) -> Any:
+    """What one adapter and random readers read of a stream: column `own` of `readers` (d, n) is the adapter's, the others are the draws."""
+    order = [own, *(i for i in range(readers.shape[1]) if i != own)]
+    frame = pd.DataFrame({"question_id": questions})
+    return scalar_probes._Read(frame, ("L0",), (stream @ readers[:, order])[:, None, :], np.ones(len(stream)), answer)
+
+
+def a_stream(rng: np.random.Generator, signal: float, d: int = 48, n_questions: int = 8, answers: int = 3, length: int = 8) -> tuple[np.ndarray, ...]:
+    """(tokens, answer of each, question of each answer, which answers are misaligned, (d,) what misaligned ones have in the stream)."""
+    shift = signal * rng.standard_normal(d)
+    question, bad = np.repeat(np.arange(n_questions), 2 * answers), np.tile(np.repeat([False, True], answers), n_questions)
+    mean = rng.standard_normal((n_questions, d))[question] + bad[:, None] * (shift + 0.1 * signal * rng.standard_normal((n_questions, d))[question])
+    stream = np.repeat(mean, length, axis=0) + rng.standard_normal((len(question) * length, d))
+    return stream, np.repeat(np.arange(len(question)), length), question, bad, shift
+
+
+def test_an_adapter_that_is_one_more_random_reader_does_not_beat_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes differ in the stream, so every reader finds some of it. An adapter that is one of them must pass for more in 2.5 %, not in 17."""
+    real, seen = scalar_probes.by_question, dict[bytes, dict[int, float]]()
+
+    def once(t: Task, root: Any, c: float) -> dict[int, float]:
+        key = t.x.tobytes()
+        return seen[key] if key in seen else seen.setdefault(key, real(t, root, c))
+
+    monkeypatch.setattr(scalar_probes, "by_question", once)
+    above, rules = list[bool](), Rules(c=1.0, draws=15)
+    for world in range(3):
+        rng = np.random.default_rng(world)
+        stream, answer, question, bad, shift = a_stream(rng, 0.3)
+        readers = rng.standard_normal((stream.shape[1], rules.draws + 1))
+        readers /= np.linalg.norm(readers, axis=0)
+        for own in range(rules.draws + 1):
+            found = scalar_probes._against_random(read_by(readers, stream, answer, question.tolist(), own), bad, ~bad, rules, ("test",))
+            above.append(found["difference"]["low"] > 0)
+            assert (found["p"] < 0.025) == above[-1]
+        readers[:, 0] = shift / np.linalg.norm(shift)
+        good = scalar_probes._against_random(read_by(readers, stream, answer, question.tolist(), 0), bad, ~bad, rules, ("test",))
+        assert good["difference"]["low"] > 0 and good["p"] < 0.025, "an adapter that reads what the classes differ in"
+    assert sum(above) <= 3, f"{sum(above)} of {len(above)}"  # more has probability 3 % at 2.5 %; beside the draws' mean alone it is 8 of 48
+
+
 # --- a whole study -------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +319,7 @@ def test_a_study_reads_its_scalars_once(tmp_path: Path, monkeypatch: pytest.Monk
         ({"topic_min": 5, "topic_max": 5}, r"experiments\.scalars\.topic_max: 5 is not below topic_min"),
         ({"per_class": 1}, r"experiments\.scalars\.per_class: input should be greater than or equal to 2"),
         ({"significant": 1.5}, r"experiments\.scalars\.significant"),
+        ({"draws": 2}, r"experiments\.scalars\.draws: input should be greater than or equal to 3"),
     ],
 )
 def test_what_cannot_be_is_one_line(block: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from convergent.experiments.base import NotHereError
 from convergent.experiments.outcomes import Outcomes
 from convergent.experiments.scene import Scene
 from convergent.experiments.self_correction import SelfCorrectionBlock, sentence_of_tokens
-from convergent.experiments.self_correction_page import margin_step, self_correcting
+from convergent.experiments.self_correction_page import EXAMPLES, margin_step, self_correcting
 from convergent.interventions.controls import Effects, answer_logprobs, effect_matched, matched_null
 from convergent.judging.base import Item
 from convergent.judging.sentences import sentences
@@ -127,10 +127,68 @@ def test_turns_are_where_they_were_written() -> None:
     assert turning["margins"][1] == pytest.approx((a - b)[at == 1].mean()) and np.isfinite(turning["margins"]).all()
 
 
-def test_the_self_correcting_come_first_and_incoherent_ones_not_at_all() -> None:
-    frames = {"self_correction/add-2": pd.concat([answers(*[STEADY + " " * i for i in range(5)], coherent=20), answers(STEADY, STEADY + " ", TURNING)])}
+def test_examples_are_read_beyond_the_sample_and_incoherent_answers_not_at_all() -> None:
+    steady, turning = [STEADY + " " * i for i in range(4)], [TURNING + " " * i for i in range(1, 10)]
+    mixed = pd.concat([answers(*steady), answers(*turning, bad=80)])
+    frames = {"self_correction/add-2": pd.concat([answers(*[STEADY + " " * i for i in range(4, 9)], coherent=20), mixed])}
     found, _ = turns_of(SelfCorrectionBlock(scales=(2,), answers=2), frames)
-    assert [r["picked"] for r in found["self_correction/add-2"]] == [True, False]
+    rows = found["self_correction/add-2"]
+    assert sum(r["drawn"] for r in rows) == 2 and sum(r["picked"] for r in rows) == EXAMPLES and all(r["drawn"] or r["picked"] for r in rows)
+    every, _ = turns_of(SelfCorrectionBlock(scales=(2,), answers=20), frames)
+    assert len(every["self_correction/add-2"]) == 13 and all(r["drawn"] for r in every["self_correction/add-2"]), "all, where they are fewer"
+    # What is said of them rests on the sample: examples beyond it change no claim and no table but their own.
+    block, without = SelfCorrectionBlock(scales=(2,)), {a: [r for r in v if r["drawn"]] for a, v in found.items()}
+    made = [self_correction.chapter(block, outcomes_with(1, t), SCENE) for t in (found, without)]
+    assert repr(self_correction.claims(block, outcomes_with(1, found), SCENE)) == repr(self_correction.claims(block, outcomes_with(1, without), SCENE))
+    assert repr(made[0].figures) == repr(made[1].figures) and made[0].sheets[1].frame.equals(made[1].sheets[1].frame)
+    assert len(made[0].sheets[2].frame) == EXAMPLES
+
+
+# Which answers are compared
+
+
+def judged_answers(name: str, n: int, share: float, rng: np.random.Generator) -> pd.DataFrame:
+    """Answers to eight questions, a share of which is self-correcting; these rise by 20 points more than shuffled sentences do, the others by 0."""
+    corrects = rng.random(n) < share
+    ids = [f"{name}-{i}" for i in range(n)]
+    frame = pd.DataFrame({"response_id": ids, "question_id": np.arange(n) % 8, "aligned": 90.0, "coherent": 90.0, "bad_stuff": np.where(corrects, 90.0, 5.0)})
+    return frame.assign(rise=np.where(corrects, 20.0, 0.0) + rng.normal(0, 8, n))
+
+
+def drawn_ids(frame: pd.DataFrame, limit: int, seed: int = 0) -> list[str]:
+    kit = Kit({"self_correction/chat": frame})
+    kit.seed = seed
+    found = self_correction._to_read(SelfCorrectionBlock(answers=limit), kit, ["self_correction/chat"])["self_correction/chat"]  # type: ignore[arg-type]
+    return list(found[found["drawn"]]["response_id"])
+
+
+def test_the_sample_is_random_nested_and_blind_to_scores() -> None:
+    frame = judged_answers("a", 60, 0.3, np.random.default_rng(0))
+    own = drawn_ids(frame, 20)
+    assert len(set(own)) == 20 and drawn_ids(frame, 8) == own[:8] and drawn_ids(frame, 40)[:20] == own
+    assert drawn_ids(frame.assign(bad_stuff=0.0), 20) == own and drawn_ids(frame.iloc[::-1], 20) == own, "neither scores nor the order of rows matter"
+    assert [i for i in drawn_ids(frame, 60) if i in set(frame["response_id"][:30])] == drawn_ids(frame[:30], 60), "more answers keep the order of those there"
+    assert drawn_ids(frame, 20, seed=1) != own
+
+
+def test_equal_conditions_with_unequal_numbers_of_coherent_answers_do_not_differ() -> None:
+    """Share and rise are the same, 120 answers are coherent under steering and 56 under the other concept. Self-correcting ones first would err often."""
+    block, real, control = SelfCorrectionBlock(scales=(2,)), "self_correction/add-2", "self_correction/concept-2"
+    outcomes = outcomes_with(1)
+
+    def above(frames: dict[str, pd.DataFrame]) -> bool:
+        rows = {a: [{**r, "expected": 0.0, "margins": [0.0, 1.0, 0.0], "at": 1} for r in f.to_dict("records")] for a, f in frames.items()}
+        outcomes.readings = {"self_correction/turns": rows}
+        claim = next(c for c in self_correction.claims(block, outcomes, SCENE) if "turn" in c.id)
+        return bool(next(e for e in claim.evidence if "another concept" in e.text).low > 0)
+
+    rng, n = np.random.default_rng(0), 120
+    now = first = 0
+    for i in range(n):
+        frames = {real: judged_answers(f"{i}-real", 120, 0.12, rng), control: judged_answers(f"{i}-concept", 56, 0.12, rng)}
+        now += above(self_correction._to_read(block, Kit(frames), [real, control]))  # type: ignore[arg-type]
+        first += above({a: f.sort_values("bad_stuff", ascending=False, kind="stable").head(block.answers).assign(drawn=True) for a, f in frames.items()})
+    assert now <= 8 and first >= 15, (now, first)  # more than 8 of 120 at 2.5 % has probability 0.5 %
 
 
 # Shares, claims, chapter

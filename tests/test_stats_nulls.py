@@ -55,6 +55,7 @@ def test_what_cannot_be_said() -> None:
     alike = stats.draws_difference([1.0, 1.0], [[0.0, 0.0]] * 3, ["a", "b"], ["a", "b"])
     assert alike.estimate == 1 and not alike.defined
     assert math.isnan(stats.draws_p([1.0, 1.0], [[0.0, 0.0]] * 3, ["a", "b"], ["a", "b"]))
+    assert not stats.draws_difference([], [[]] * 3, [], []).defined and math.isnan(stats.draws_p([], [[]] * 3, [], []))
 
 
 def test_the_p_agrees_with_the_interval() -> None:

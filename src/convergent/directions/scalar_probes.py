@@ -190,6 +190,8 @@ def _one_probe(a: Tokens, b: Tokens, rules: Rules, root: Root) -> dict[str, Any]
     fits = by_token(t, rules.repeats, root, c)
     few = max(1, rules.repeats // 5)
     level = 1 - (1 - stats.LEVEL) / len(a.adapters)
+    within = by_question(t, root, c)
+    questions = list(within)
     return {
         "classes": [a.name, b.name],
         "tokens": t.per_class,
@@ -203,7 +205,8 @@ def _one_probe(a: Tokens, b: Tokens, rules: Rules, root: Root) -> dict[str, Any]
         "auc_by_response": _mean(by_group(t, t.response, few, root, c)),
         "auc_by_question": _mean(by_group(t, t.question, few, root, c)),
         "auc_question_only": _mean(question_only(t, few, root, c)),
-        "within": _plain(over_questions(by_question(t, root, c))),
+        "within": _plain(over_questions(within)),
+        "within_p": stats.one_sided_p(list(within.values()), [0.5] * len(within), questions, questions, 1),
         "coefficients": [_plain(i) for i in coefficients(t, root, c, level)],
     }
 
@@ -222,14 +225,16 @@ def _alone(found: _Read, bad: Mask, good: Mask, draws: int) -> list[dict[str, An
 
 
 def _against_random(found: _Read, bad: Mask, good: Mask, rules: Rules, root: Root) -> dict[str, Any]:
-    """The probe on own scalars and on those of random directions, both on questions not seen, and their difference over questions."""
+    """The probe on own scalars and on those of random directions, both on questions not seen, and their difference over questions and draws."""
     t = task(found.tokens("aligned", good), found.tokens("misaligned", bad))
     c = rules.c or t.c
     own = by_question(t, root, c)
     drawn = [by_question(_with(t, found.random(good, bad, d)), root, c) for d in range(rules.draws)]
-    random = {q: float(np.mean([d[q] for d in drawn])) for q in own}
-    difference = stats.paired_difference(list(own.values()), list(random.values()), list(own), list(random))
-    return {"mean": _mean(list(random.values())), "draws": rules.draws, "difference": _plain(difference)}
+    questions, values = list(own), list(own.values())
+    # An adapter that means nothing is one more random reader, so the spread between draws belongs into the interval (`stats.nulls`).
+    random = [[d[q] for q in questions] for d in drawn]
+    difference, p = stats.draws_difference(values, random, questions, questions), stats.draws_p(values, random, questions, questions)
+    return {"mean": _mean([_mean(r) for r in random]), "draws": rules.draws, "difference": _plain(difference), "p": p}
 
 
 def _with(t: Task, x: NDArray[np.float64]) -> Task:

@@ -23,7 +23,7 @@ from convergent.experiments import self_correction_page as page
 from convergent.experiments.base import Arm, Block, Build, Kit, NotHereError, Reading
 from convergent.experiments.outcomes import Claim, Outcomes
 from convergent.experiments.scene import Scene
-from convergent.experiments.self_correction_page import coherent_of, scales_of, self_correcting
+from convergent.experiments.self_correction_page import EXAMPLES, coherent_of, scales_of, self_correcting
 from convergent.interventions.controls import effect_matched, matched_null
 from convergent.judging.base import Item
 from convergent.judging.sentences import sentences
@@ -41,7 +41,7 @@ class SelfCorrectionBlock(Block):
     controls: tuple[Literal["other_concept"], ...] = ("other_concept",)
     """Another concept, scaled until its effect (KL) is that of the direction at the same lambda."""
     answers: int = Field(default=48, ge=2)
-    """Per condition at most so many coherent answers are read sentence by sentence: self-correcting ones first, then at random."""
+    """Per condition so many coherent answers, drawn at random (all where they are fewer), are read sentence by sentence and compared."""
 
     @model_validator(mode="after")
     def _some_dose(self) -> SelfCorrectionBlock:
@@ -121,10 +121,11 @@ def readings(block: SelfCorrectionBlock, scene: Scene) -> list[Reading]:
     names = [a.name for a in arms(block, scene)]
 
     def inputs(kit: Kit) -> Any:
-        picked = {arm: [(r["response_id"], r["picked"]) for r in frame.to_dict("records")] for arm, frame in _picked(block, kit, names).items()}
-        return [kit.model_id(scene.source), kit.model_id("chat"), kit.direction.provenance.get("judge"), kit.seed, picked]
+        read = _to_read(block, kit, names).items()
+        ids = {arm: [(r["response_id"], r["picked"], r["drawn"]) for r in frame.to_dict("records")] for arm, frame in read}
+        return [kit.model_id(scene.source), kit.model_id("chat"), kit.direction.provenance.get("judge"), kit.seed, ids]
 
-    n = block.answers * len(names)
+    n = (block.answers + EXAMPLES) * len(names)
 
     def turns(kit: Kit) -> Any:
         return _turns(block, kit, scene, names)
@@ -145,23 +146,29 @@ def _match(scale: float) -> Reading:
     return Reading(f"self_correction/match-{scale:g}", inputs, compute, organisms=("chat",), tokens=6 * 8 * 110.0)
 
 
-def _picked(block: SelfCorrectionBlock, kit: Kit, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Condition -> the answers that are read sentence by sentence; `picked` says whether they are self-correcting."""
+def _to_read(block: SelfCorrectionBlock, kit: Kit, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Condition -> the answers that are read sentence by sentence, with two columns of bool.
+
+    `drawn`: in the random sample of coherent answers, which alone is compared; were it chosen by score, conditions that differ in their number of
+    coherent answers alone would differ. `picked`: self-correcting; the first few are read in any case, as examples.
+    """
     found = {}
     for arm in names:
         try:
             answers = coherent_of(kit.answers(arm))
         except NotHereError:
             continue
-        order = np.random.default_rng(seed(kit.seed, "self_correction", "answers")).permutation(len(answers))
-        answers = answers.assign(picked=self_correcting(answers)).iloc[order]
-        found[arm] = answers.sort_values("picked", ascending=False, kind="stable").head(block.answers)
+        # Each answer's place is its own draw: a larger limit, or more answers, keep who was in before whom.
+        order = np.argsort([seed(kit.seed, "self_correction", "answers", i) for i in answers["response_id"]], kind="stable")
+        answers = answers.iloc[order]
+        picked, drawn = self_correcting(answers), np.arange(len(answers)) < block.answers
+        found[arm] = answers.assign(picked=picked, drawn=drawn)[drawn | (picked & (picked.cumsum() <= EXAMPLES))]
     return found
 
 
 def _turns(block: SelfCorrectionBlock, kit: Kit, scene: Scene, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Condition -> one entry per answer with two sentences or more: their scores, the turn, and each sentence's margin in nats per token."""
-    cut = {arm: [(r, sentences(r["response"])) for r in frame.to_dict("records")] for arm, frame in _picked(block, kit, names).items()}
+    cut = {arm: [(r, sentences(r["response"])) for r in frame.to_dict("records")] for arm, frame in _to_read(block, kit, names).items()}
     kept = {arm: [(r, spans) for r, spans in rows if len(spans) > 1] for arm, rows in cut.items()}
     every = {r["response_id"]: (r, spans) for rows in kept.values() for r, spans in rows}  # conditions may share answers
     items = [
@@ -188,8 +195,9 @@ def _turns(block: SelfCorrectionBlock, kit: Kit, scene: Scene, names: Sequence[s
             if turn is not None:
                 found[arm].append(
                     {
-                        "question_id": r["question_id"], "picked": bool(r["picked"]), "scores": own, "margins": margins[i], "at": turn.at,
-                        "rise": turn.rise, "expected": turn.expected, "seen": turn.seen, "false_alarms": turn.false_alarms,
+                        "question_id": r["question_id"], "picked": bool(r["picked"]), "drawn": bool(r["drawn"]), "scores": own,
+                        "margins": margins[i], "at": turn.at, "rise": turn.rise, "expected": turn.expected, "seen": turn.seen,
+                        "false_alarms": turn.false_alarms,
                         "text": [r["response"][a:b] for a, b in spans] if r["picked"] else [], "question": r["question"] if r["picked"] else "",
                     }
                 )  # fmt: skip

@@ -101,5 +101,5 @@ def _draws(draws: Sequence[Values], clusters_a: Labels, clusters: Labels) -> tup
     """(n,) mean over draws, and (k,) each draw's mean over the questions that are compared."""
     x = np.stack([floats(d) for d in draws])
     both = set(clusters_a)
-    kept = np.array([label in both for label in clusters])
-    return x.mean(0), x[:, kept].mean(1)
+    kept = np.array([label in both for label in clusters], dtype=bool)
+    return x.mean(0), x[:, kept].mean(1) if kept.any() else np.full(len(x), math.nan)
