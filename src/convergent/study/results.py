@@ -30,6 +30,7 @@ from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
 from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, rates
 from convergent.report.results import Results
 from convergent.study import judging
+from convergent.study.peak import Peak, highest
 from convergent.study.run import Run
 from convergent.study.trusted import Trusted
 
@@ -309,7 +310,8 @@ def _study(
     return {
         "name": spec.name, "title": spec.title or spec.name, "base": base,
         "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else base, "base_id": run.base_id, "created": recorded["created"],
-        "seconds": sum(work.values()) if work else math.nan, "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
+        "seconds": sum(work.values()) if work else math.nan,
+        "memory": str(highest(Peak(*p) for p in run.store.memory().values())), "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
         "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
         "judges": [
             {"name": rater.name, "id": i, "role": "compared" if k else "decides", "rubrics": list(judging.RUBRICS), "card": _judge_card(judge),
