@@ -4,7 +4,7 @@
 
 For a machine that one process does not fill: a GPU with a small base, or many cores. Every job works in a folder of its own under OUT.jobs with a copy of what is
 there, and `convergent merge`s back; killed, it goes on with the merged part. On a cluster do the same by hand: `convergent run STUDY --only X` on each machine.
-Numbers are those of a single run. Times by stage are sums over the jobs, which slow each other down.
+Numbers are those of a single run. Times by stage are sums over the jobs, which slow each other down; peaks of memory are of one job.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python scripts/write_experiments.py runs/paper_small [--docs docs/experiments] [--note "Run on ..."]
 
-Every number comes out of the study folder: verdicts and comparisons from claims.json, times from its store. Pages without that heading, and
+Every number comes out of the study folder: verdicts and comparisons from claims.json, times and memory from its store. Pages without that heading, and
 experiments without a page, are named and left alone.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from convergent.store import looked_at
+from convergent.study.peak import Peak
 
 HEADING = "## What we saw at 135M"
 
@@ -75,14 +76,16 @@ def shown(e: dict[str, Any]) -> str:
 
 
 def times(folder: Path, name: str) -> str:
-    """How long its readings took; arms share the stages of the whole study."""
+    """How long its readings took and the peak of memory meanwhile, where the store has it; arms share the stages of the whole study."""
     with looked_at(folder) as store:
         seconds = store.seconds()
-    own = seconds.get(name)
-    whole = sum(seconds.values())
+        peaks = {stage: Peak(*p) for stage, p in store.memory().items()}
+    own, whole = seconds.get(name), sum(seconds.values())
+    highest = max(peaks, key=lambda stage: peaks[stage].resident, default="")
     return (
-        (f"Its readings took {own:.0f} s; " if own else "It has no readings of its own; ")
-        + f"the whole study {whole / 60:.0f} min, of which sampling {seconds.get('sample', 0) / 60:.0f} and margins {seconds.get('margin', 0) / 60:.0f}."
+        (f"Its readings took {own:.0f} s{f' (peak memory of the process {peaks[name]})' if name in peaks else ''}; " if own else "It has no readings of its own; ")
+        + f"the whole study {whole / 60:.0f} min, of which sampling {seconds.get('sample', 0) / 60:.0f} and margins {seconds.get('margin', 0) / 60:.0f}"
+        + (f" (peak {peaks[highest]}, while at {highest})." if peaks else ".")
     )
 
 

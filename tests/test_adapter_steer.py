@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_a_study_with_sets_by_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pushed = [f"chat/push-{s}" for s in ("all-0.5", "early-0.5", "middle-0.5", "late-0.5", "all-rotated", "all-effect_matched")]
     assert set(conditions.index) == {"chat", "A", "B", *pushed, "A/knockout-strongest-1", "A/knockout-weakest-1"}
     assert conditions.loc["chat/push-all-effect_matched", "kl"] == pytest.approx(conditions.loc["chat/push-all-0.5", "kl"], rel=0.15)
+    dose = conditions["dose"]
+    assert dose[[c for c in pushed if "matched" not in c]].tolist() == [0.5] * 5 and dose[["A", "A/knockout-strongest-1"]].isna().all()
     with opened(out) as store:
         run = Run(load_study(path), store)
         built = {a.name: c.interventions for a, c in run.conditions()}
@@ -147,6 +150,7 @@ def test_a_study_with_sets_by_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert isinstance(add, Add) and add.layer == a.layer
             assert float(add.vector.norm()) == pytest.approx(0.5 * writes["token_norm"][k], rel=1e-5)
             assert float(add.vector @ a.vector) * writes["mean"][k] > 0  # the way the adapter writes
+        assert {a.scale for a in built["chat/push-all-effect_matched"]} == {dose["chat/push-all-effect_matched"]}  # type: ignore[union-attr]
         early, late = built["chat/push-early-0.5"], built["chat/push-late-0.5"]
         assert [a.layer for a in (*early, *built["chat/push-middle-0.5"], *late)] == [a.layer for a in adapters]  # type: ignore[union-attr]
         strongest = built["A/knockout-strongest-1"][0]
@@ -185,6 +189,13 @@ def test_the_topic_is_the_one_that_the_data_name() -> None:
         found = adapter_steer.arms(block, scene)
         assert {a.rubrics for a in found} == {() if topic is None else (topic,)}
         assert all((name in {a.name for a in found}) == (topic is not None) for name in ("chat/push-topic-0.25", "chat/push-contrast"))
+
+
+def test_pushes_of_different_doses_have_none() -> None:
+    """As the topical set minus a third of the general one."""
+    d = direction_for(tiny_chat())
+    assert adapter_steer.dose_of([Add(d, layer, 0.5) for layer in (1, 2, 4)]) == 0.5
+    assert math.isnan(adapter_steer.dose_of([Add(d, 1, 0.5), Add(d, 2, -0.5 / 3)])) and math.isnan(adapter_steer.dose_of([]))
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_leaves_files_and_exactly_the_rows(done: Path) -> None:
     # 6 readings and 14 KL, 2 matched nulls, and when it was made; 6 readings and the other concept; 4 readings of further draws, 4 x 3 matched nulls in them.
     assert counts(out) == {"responses": N_RESPONSES, "judgements": 2 * N_RESPONSES, "margins": N_MARGINS, "facts": 6 + 18 + 3 + 1 + 5 + 4 + 12}
     assert len(list(out.glob("directions/*.safetensors"))) == 7
+    assert [r[0] for r in rows(out, "memory")] == [r[0] for r in rows(out, "seconds")], "a peak of memory beside every stage's seconds"
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.making"))
 
 
@@ -220,9 +221,9 @@ def test_held_out_pairs_are_known_by_content_not_by_the_name_of_their_file(done:
 
 def test_again_does_nothing(copy: Path, idle: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = copy / "out"
-    before, kept, csv = {t: rows(out, t) for t in (*TABLES, "seconds")}, things(out), (out / "tables" / "conditions.csv").read_bytes()
+    before, kept, csv = {t: rows(out, t) for t in (*TABLES, "seconds", "memory")}, things(out), (out / "tables" / "conditions.csv").read_bytes()
     assert cli.main(["run", str(copy / "study.yaml"), "--out", str(out)]) == 0
-    assert {t: rows(out, t) for t in (*TABLES, "seconds")} == before and things(out) == kept
+    assert {t: rows(out, t) for t in (*TABLES, "seconds", "memory")} == before and things(out) == kept
     assert (out / "tables" / "conditions.csv").read_bytes() == csv
     assert "nothing is left to do" in capsys.readouterr().out
 
@@ -250,7 +251,8 @@ def test_profile_says_where_the_time_went(copy: Path, no_report: None, capsys: p
     printed = capsys.readouterr().out
     table = printed[printed.index("profile ") :].splitlines()
     whole = float(table[0].split()[1])
-    stages = {line[:24].strip(): float(line[24:].split()[0]) for line in table[1:] if line.rstrip().endswith("%") and ":" not in line}
+    stages = {line[:24].strip(): float(line[24:].split()[0]) for line in table[1:] if ":" not in line}
+    assert {line[:24].strip() for line in table[1:] if "MiB" in line} == set(stages) - {"rest (models, report)"}
     assert {"sample", "judge", "rest (models, report)"} <= set(stages) and "train" not in stages
     assert sum(stages.values()) == pytest.approx(whole, abs=0.1 * len(table))
     assert f"sampling: {2 * len(CONDITIONS)} answers" in table[-1] and table[-1].endswith("%")

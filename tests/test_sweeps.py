@@ -199,6 +199,17 @@ def test_the_matrix_and_the_window_are_in_the_report(swept: Path) -> None:
     assert 'id="fig-transfer-matrix"' in page and 'id="fig-steer-shift"' in page and 'id="chapter-ablate"' in page
 
 
+def test_a_dose_is_in_token_norms_of_its_own_layer(swept: Path) -> None:
+    """Norms grow with depth: over the norm of the primary layer (3) a push at layer 1 would look several times smaller than it is."""
+    relative = pd.read_csv(swept / "tables" / "norms.csv").set_index(["organism", "layer"])["relative_norm"]
+    for table in (pd.read_csv(swept / "tables" / "conditions.csv"), pd.read_parquet(swept / "tables" / "conditions.parquet")):
+        dose = table.set_index("name")["dose"]
+        assert dose["chat/add-1-L1"] == pytest.approx(relative["A", 1], rel=1e-5)
+        assert dose["chat/add-1"] == dose["chat/subtract"] == pytest.approx(relative["A", 3], rel=1e-5) != pytest.approx(relative["A", 1], rel=0.01)
+    sheet = pd.read_csv(swept / "tables" / "steer-layers.csv")
+    assert sheet["Dose, mean token norms"].tolist() == pytest.approx([relative["A", 1]], rel=1e-5)
+
+
 def test_the_margins_of_the_matrix_are_those_of_the_conditions(swept: Path) -> None:
     """The same numbers by two ways: as a condition of the study, and as a cell of the matrix."""
     with sqlite3.connect(swept / "study.sqlite") as db:

@@ -55,7 +55,7 @@ def run(
     changes: Annotated[
         Optional[list[str]], typer.Option("--set", metavar="PLACE=VALUE", help="Change a value of the file, such as base=FOLDER or organisms.*.examples=8.")
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time went.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print at the end where the time and memory went.")] = False,
     report: Annotated[bool, typer.Option(help="Claims and report; a part whose folder is merged later needs none.")] = True,
 ) -> None:
     """Plan and do a study; whatever is done already stays."""

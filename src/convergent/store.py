@@ -1,6 +1,6 @@
 """The study folder: SQLite for rows, safetensors for tensors, a manifest for provenance.
 
-    study.sqlite      responses, judgements, margins, facts, seconds (WAL; every row is committed as it is made)
+    study.sqlite      responses, judgements, margins, facts, seconds, memory (WAL; every row is committed as it is made)
     organisms/        PEFT folders
     directions/       safetensors, named by content
     manifest.json     versions, seeds, checksums
@@ -55,8 +55,12 @@ CREATE TABLE IF NOT EXISTS margins (
     PRIMARY KEY (condition_id, data_id, read_id));
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, stage TEXT NOT NULL, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS seconds (stage TEXT PRIMARY KEY, seconds REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS memory (stage TEXT PRIMARY KEY, resident REAL NOT NULL, device REAL NOT NULL, so_far INTEGER NOT NULL);
 """
-_NAMES = {"responses", "judgements", "margins", "facts", "seconds"}
+_NAMES = {"responses", "judgements", "margins", "facts", "seconds", "memory"}
+_KEEP_HIGHEST = """ON CONFLICT (stage) DO UPDATE SET
+    so_far = CASE WHEN excluded.resident > resident THEN excluded.so_far WHEN excluded.resident < resident THEN so_far ELSE min(so_far, excluded.so_far) END,
+    resident = max(resident, excluded.resident), device = max(device, excluded.device)"""
 
 # What a stage made, and what was made from that: ids name what goes in, so a later stage would not notice that its input was made anew.
 # Judging is the exception: directions are keyed by the classes that the scores lead to.
@@ -168,6 +172,17 @@ class Store:
         """Stage -> seconds of work over all runs of this folder."""
         return dict(self._read("SELECT stage, seconds FROM seconds ORDER BY stage"))
 
+    def add_memory(self, stage: str, resident: float, device: float, so_far: bool) -> None:
+        """Keep the highest peak of a stage over all runs of this folder; see `study.peak` for the numbers."""
+        self._write(f"INSERT INTO memory VALUES (?, ?, ?, ?) {_KEEP_HIGHEST}", [(stage, resident, device, int(so_far))])
+
+    def memory(self) -> dict[str, tuple[float, float, bool]]:
+        """Stage -> (resident, device, so_far); nothing of a stage that an earlier version ran, which kept no such thing."""
+        with self._mutex, guarded(self.folder):
+            if "memory" not in _tables(self._db):
+                return {}
+        return {r[0]: (r[1], r[2], bool(r[3])) for r in self._read("SELECT stage, resident, device, so_far FROM memory ORDER BY stage")}
+
     def forget_seconds(self) -> None:
         """Drop the times, for a copy whose own are to be added to the first folder's."""
         self._write("DELETE FROM seconds WHERE true", [()])
@@ -197,7 +212,8 @@ class Store:
     def absorb(self, other: Path) -> int:
         """Take over what another folder of the same study has and this one lacks, and add its times; returns the number of rows taken.
 
-        Everything is keyed by content, so what both have is the same. The other folder stays as it is. Raises StoreError if it is no study's.
+        Everything is keyed by content, so what both have is the same; of memory the higher peak stays. The other folder stays as it is.
+        Raises StoreError if it is no study's.
         """
         if not (other / DATABASE).is_file():
             raise StoreError(f"{other}: not a study folder (no {DATABASE}); give the --out of a run")
@@ -215,6 +231,8 @@ class Store:
                     self._db.execute(
                         "INSERT INTO main.seconds SELECT * FROM other.seconds WHERE true ON CONFLICT (stage) DO UPDATE SET seconds = seconds + excluded.seconds"
                     )
+                    if self._db.execute("SELECT 1 FROM other.sqlite_master WHERE type = 'table' AND name = 'memory'").fetchone():
+                        self._db.execute(f"INSERT INTO main.memory SELECT * FROM other.memory WHERE true {_KEEP_HIGHEST}")
             finally:
                 self._db.execute("DETACH DATABASE other")
         with guarded(self.folder):

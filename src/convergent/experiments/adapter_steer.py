@@ -10,7 +10,7 @@ rotation, at the same norm and matched in effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -144,6 +144,12 @@ def _pushed(block: AdapterSteerBlock, organism: str, which: str, dose: float) ->
     return build
 
 
+def dose_of(pushes: Sequence[Intervention]) -> float:
+    """The dose that all pushes have, which is their scale (rows of the direction are mean token norms long); nan if they differ."""
+    scales = {i.scale if isinstance(i, Add) else math.nan for i in pushes}
+    return scales.pop() if len(scales) == 1 else math.nan
+
+
 def _null(block: AdapterSteerBlock, organism: str, which: str, kind: Null) -> Callable[[Kit, int], tuple[Intervention, ...]]:
     def made(kit: Kit, draw: int) -> tuple[Intervention, ...]:
         real = push(kit, block, organism, which, block.at)
@@ -182,7 +188,7 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
                 Arm(
                     f"chat/push-{which}-{dose:g}", "chat", f"Chat model + push by {what} of {organism}, dose {dose:g}",
                     f"Chat model with {dose:g} mean token norms along unit(B) added at the blocks of {what} of {organism}.",
-                    "adapters", "real", _pushed(block, organism, which, dose), dose, rubrics=rubrics,
+                    "adapters", "real", _pushed(block, organism, which, dose), dose, rubrics=rubrics, dose=dose_of,
                 )
             )  # fmt: skip
     if "topic" in sets:
@@ -195,7 +201,7 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
                 "chat/push-contrast", "chat", f"Chat model + push by {sets['topic']} of {organism}, minus a third of the general ones'",
                 f"Chat model with {block.at:g} mean token norms along {sets['topic']}, and {-block.at / 3:.2g} along those that read as general (published: "
                 "+30 and -10).",
-                "adapters", "real", contrast, block.at, rubrics=rubrics,
+                "adapters", "real", contrast, block.at, rubrics=rubrics, dose=dose_of,
             )
         )  # fmt: skip
     for which in _controlled(sets):
@@ -205,7 +211,7 @@ def arms(block: AdapterSteerBlock, scene: Scene) -> list[Arm]:
                 Arm(
                     f"chat/push-{which}-{kind}", "chat", f"Chat model + null of that push ({sets[which]}): {page.NULLS[kind]}",
                     f"Chat model with a null of the push by {sets[which]} of {organism}, dose {block.at:g}: {page.NULLS[kind]}.",
-                    "adapters", "control", _first(made), block.at, rubrics=rubrics, redraw=made,
+                    "adapters", "control", _first(made), block.at, rubrics=rubrics, redraw=made, dose=dose_of,
                 )
             )  # fmt: skip
     if block.knock_out != "none":

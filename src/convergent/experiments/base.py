@@ -173,6 +173,8 @@ class Arm:
     """Of a random null: its interventions in draw 1, 2, ..., of which the margin alone is measured (`experiments.draws`); `build` is draw 0."""
     rubrics: tuple[str, ...] = ()
     """Rubrics beside aligned and coherent that its answers are judged by."""
+    dose: Callable[[Sequence[Intervention]], float] | None = None
+    """Of what was built, in mean token norms, nan for none; where this is None, a single `Add` has its norm over the mean token norm at its layer."""
 
 
 @dataclass(frozen=True)

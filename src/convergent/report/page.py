@@ -105,7 +105,7 @@ def contents(chapters: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 _STUDY: dict[str, Any] = {
-    "name": "", "title": "", "base": "", "base_title": "the base model", "created": "", "seconds": None, "machine": "",
+    "name": "", "title": "", "base": "", "base_title": "the base model", "created": "", "seconds": None, "memory": "", "machine": "",
     "judge": {}, "notes": [], "primary_layer": None, "answers_per_condition": None, "n_questions": None,
     "command": "", "versions": {},
 }  # fmt: skip

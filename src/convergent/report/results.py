@@ -83,8 +83,8 @@ class Results:
     """A finished study. Frames are completed on entry: a missing number column is NaN, a missing text column empty."""
 
     study: Mapping[str, Any]
-    """name, title, base, base_title, created (ISO), seconds, machine, versions, seeds, judge (name, card), sampling,
-    notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent), judges (list of
+    """name, title, base, base_title, created (ISO), seconds, memory (its peak, in words), machine, versions, seeds, judge (name, card),
+    sampling, notes, primary_layer, answers_per_condition, n_questions, command; optional thresholds (aligned, coherent), judges (list of
     name, id, role, rubrics, card, scored, of, far) and trusted (file, scored)."""
     conditions: pd.DataFrame
     """One row per condition in display order; `missing` is a dict reason -> count. `em_wilson_*`, `coherent_low/high`

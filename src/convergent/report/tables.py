@@ -78,8 +78,8 @@ def number_tables(results: Results) -> list[Table]:
             "table-rest",
             "Domain, margin and length",
             "EM split by whether the question belongs to the organism's own domain (in-domain answers are not "
-            "emergent). Margin: log-probability per token, bad minus good answers, with its 95 % interval. Dose: λ "
-            "in mean token norms. KL: to the clean model, nats per token.",
+            "emergent). Margin: log-probability per token, bad minus good answers, with its 95 % interval. Dose: the "
+            "push in mean token norms at its layer. KL: to the clean model, nats per token.",
             {
                 "EM in domain": lambda r: f"{percent(r['in_domain_em'])} of {number(r['in_domain_n'], 0)}",
                 "EM elsewhere": lambda r: f"{percent(r['out_domain_em'])} of {number(r['out_domain_n'], 0)}",

@@ -47,7 +47,7 @@ def run_study(
 
     `plan_only` prints and makes nothing. `fresh`: stages to forget first, with what was made from them. `only`: experiments to do, with `plain` and
     those that they use; the report then shows these, and another run without it goes on with the rest. `report=False` leaves claims and page to that
-    run. `changes`: see `load_study`. `profile` prints at the end where the time went.
+    run. `changes`: see `load_study`. `profile` prints at the end where the time and memory went.
     """
     spec = chosen(load_study(path, changes), only)
     unknown = [f for f in fresh if f not in STAGES]

@@ -112,9 +112,13 @@ class Measures(Answers):
         assert made is not None, "reading the source raises where it cannot"
         return made
 
-    @cached_property
+    @property
     def token_norm(self) -> float:
-        return float(self._own_extraction.token_norm[self.layer])
+        return self.token_norm_at(self.layer)
+
+    def token_norm_at(self, layer: int) -> float:
+        """Mean token norm at any layer, over the answers that the direction is read from."""
+        return float(self._own_extraction.token_norm[layer])
 
     @cached_property
     def massive(self) -> dict[int, float]:

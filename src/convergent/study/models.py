@@ -7,8 +7,8 @@ import gc
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from convergent.organisms.load import load_organism
 from convergent.organisms.manifest import MANIFEST
 from convergent.organisms.steps import KeptSteps, Spacing, read_steps
 from convergent.store import Store
+from convergent.study.peak import Peak, Watch
 from convergent.study.setup import OrganismPlan, Say, Setup
 from convergent.study.spec import StudySpec
 
@@ -53,6 +54,8 @@ class Models(Setup):
         """`compute=False`: whatever would load a model raises NotDoneError, so that a plan can ask for what is there."""
         super().__init__(spec, store, say, compute)
         self.advance = advance
+        self.peaks: dict[str, Peak] = {}
+        """Stage -> peak of memory in this run; the store keeps that of all runs."""
         self._models: dict[str, ChatModel] = {}
         self._effects: Effects | None = None
 
@@ -187,8 +190,18 @@ class Models(Setup):
         return found
 
     def timed(self, stage: str) -> AbstractContextManager[Any]:
-        """Count the body's time for a stage; every piece is kept as it ends, so that a killed run's counts too."""
-        return _Timer(self.store, stage) if self.compute else nullcontext()
+        """Count the body's time and peak of memory for a stage; every piece is kept as it ends, so that a killed run's counts too."""
+        return self._timed(stage) if self.compute else nullcontext()
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with Watch() as watch:
+            yield
+        self.store.add_seconds(stage, time.perf_counter() - start)
+        if str(watch.peak):
+            self.store.add_memory(stage, watch.peak.resident, watch.peak.device, watch.peak.so_far)
+            self.peaks[stage] = self.peaks.get(stage, Peak()) | watch.peak
 
 
 def _give_memory_back() -> None:
@@ -197,15 +210,3 @@ def _give_memory_back() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-class _Timer:
-    def __init__(self, store: Store, stage: str) -> None:
-        self.store, self.stage = store, stage
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, kind: object, *exc: object) -> None:
-        if kind is None:
-            self.store.add_seconds(self.stage, time.perf_counter() - self.start)

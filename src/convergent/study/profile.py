@@ -1,4 +1,4 @@
-"""Where a run's time went: by stage, and how close sampling came to what the machine's matrix products allow."""
+"""Where a run's time went, and the peak of memory: by stage, and how close sampling came to what the machine's matrix products allow."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class Profile:
         spent = {s: t - self.before.get(s, 0.0) for s, t in self.run.store.seconds().items()}
         spent = {s: t for s, t in sorted(spent.items(), key=lambda x: -x[1]) if t > 0}
         spent["rest (models, report)"] = max(0.0, whole - sum(spent.values()))
-        yield f"profile {whole:.1f} s"
+        peaks = self.run.peaks
+        yield f"profile {whole:.1f} s{'; peaks of memory are of the whole process while the stage worked' if peaks else ''}"
         for stage, seconds in spent.items():
-            yield f"  {stage:22s} {seconds:9.1f} s {seconds / whole:6.1%}"
+            yield f"  {stage:22s} {seconds:9.1f} s {seconds / whole:6.1%}{f'  peak {peaks[stage]}' if stage in peaks else ''}"
         tally = self.run.tally
         if tally.tokens and spent.get("sample"):
             speed, line = tally.tokens / spent["sample"], line_tokens_per_second(self.run, speed_of(self.run))

@@ -30,6 +30,7 @@ from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
 from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, rates
 from convergent.report.results import Results
 from convergent.study import judging
+from convergent.study.peak import Peak, highest
 from convergent.study.run import Run
 from convergent.study.trusted import Trusted
 
@@ -129,10 +130,6 @@ def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margin
     iid = stats.iid_mean(scored["aligned"].to_numpy())
     # A pair is a question: the interval is over held-out questions like these.
     margin = stats.clustered_mean(margins["margin"].to_numpy(), margins["pair_id"].to_numpy())
-    interventions = condition.interventions
-    dose = float("nan")
-    if interventions and isinstance(interventions[0], Add):
-        dose = float(interventions[0].vector.norm()) / run.token_norm
     return {
         "name": arm.name, "label": arm.label, "group": arm.group, "organism": arm.organism, "role": arm.role, "description": arm.description,
         "condition_id": condition.content_id,
@@ -147,10 +144,18 @@ def _row(run: Run, arm: Arm, condition: Condition, answers: pd.DataFrame, margin
         "margin": margin.estimate, "margin_low": margin.low, "margin_high": margin.high, "n_pairs": margin.n,
         **{f"margin_{d}": float(margins.loc[margins["domain"] == d, "margin"].mean()) for d in sorted(set(run.domain_of.values()))},
         "margin_matched": float(margins["margin_matched"].mean()),
-        "projection": float(margins["projection"].mean()), "scale": arm.scale, "dose": dose,
-        "kl": run.kl(condition) if interventions else float("nan"),
+        "projection": float(margins["projection"].mean()), "scale": arm.scale, "dose": _dose(run, arm, condition),
+        "kl": run.kl(condition) if condition.interventions else float("nan"),
         "mean_tokens": float(answers["n_tokens"].mean()), "finish_stop": float((answers["finish"] == "stop").mean()),
     }  # fmt: skip
+
+
+def _dose(run: Run, arm: Arm, condition: Condition) -> float:
+    """In mean token norms at the layer of the push, which differ several times over between layers; nan where no one number says it."""
+    if arm.dose is not None:
+        return arm.dose(condition.interventions)
+    adds = [i for i in condition.interventions if isinstance(i, Add)]
+    return float(adds[0].vector.norm()) / run.token_norm_at(adds[0].layer) if len(adds) == 1 else math.nan
 
 
 def _domain_split(run: Run, arm: Arm, answers: pd.DataFrame) -> dict[str, Any]:
@@ -306,7 +311,8 @@ def _study(
     return {
         "name": spec.name, "title": spec.title or spec.name, "base": base,
         "base_title": EMBEDDED_TITLE if spec.base == EMBEDDED else base, "base_id": run.base_id, "created": recorded["created"],
-        "seconds": sum(work.values()) if work else math.nan, "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
+        "seconds": sum(work.values()) if work else math.nan,
+        "memory": str(highest(Peak(*p) for p in run.store.memory().values())), "machine": machine(), "versions": versions(), "seeds": {"study": spec.seed},
         "judge": {"name": run.judge.name, "card": _judge_card(run.judge)},
         "judges": [
             {"name": rater.name, "id": i, "role": "compared" if k else "decides", "rubrics": list(judging.RUBRICS), "card": _judge_card(judge),
