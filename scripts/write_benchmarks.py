@@ -29,6 +29,7 @@ CLAIMS: dict[str, tuple[str, str, str]] = {
     "extraction_authors": ("the same directions", "the authors' procedure", "≥ 3x"),
     "extraction_hidden_states": ("the same directions", "`output_hidden_states`", "≥ 3x"),
     "extraction_memory": ("memory of the same, theirs over ours", "best of them", "≥ 2x"),
+    "extraction_peak": ("the whole process's peak memory of the same, theirs over ours", "best of them", ""),
     "training_all_adapter": ("LoRA training, `all_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 1.8x"),
     "training_nine_adapter": ("LoRA training, `nine_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 2.5x"),
     "demo": ("the whole demo", "-", "≤ 12 min"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,11 @@ def loaded(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str((ROOT / path).parent))  # as for a script: benchmarks import each other by name
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
@@ -69,3 +74,26 @@ def test_a_broken_line_is_refused(tmp_path: Path) -> None:
     file.write_text('{"ratios": []}\n')
     with pytest.raises(SystemExit, match="line 1: is no benchmark record"):
         page.read(file)
+
+
+def test_memory_is_theirs_over_ours_above_the_loaded_model_and_whole() -> None:
+    extraction = loaded("benchmarks/extraction.py")
+
+    def side(above: list[float], peak: list[float]) -> dict[str, list[float]]:
+        own = {"above_load_mib": [50.0, 40.0], "peak_mib": [1000.0, 500.0]}
+        return {"above_load_mib": above, "peak_mib": peak, "memory_above_load": [a / b for a, b in zip(above, own["above_load_mib"])], "memory": [a / b for a, b in zip(peak, own["peak_mib"])]}
+
+    peers = {"frugal": side([100.0, 120.0], [3000.0, 3000.0]), "small": side([500.0, 500.0], [1100.0, 600.0])}
+    rows = extraction.memory_rows(peers, side([50.0, 40.0], [1000.0, 500.0]))
+    assert rows["extraction_memory"]["ratios"] == [2.0, 3.0] and rows["extraction_memory"]["peer"] == "frugal" and rows["extraction_memory"]["target"] == 2.0
+    assert rows["extraction_peak"]["ratios"] == [1.1, 1.2] and rows["extraction_peak"]["peer"] == "small" and rows["extraction_peak"]["target"] is None
+    assert extraction.memory_rows({}, side([1.0], [1.0])) == {}
+    text = page.page({"extraction": {"claim": "extraction", "rows": rows}})
+    assert "| the whole process's peak memory of the same, theirs over ours | best of them: small |  | 1.15x | 1.1x to 1.2x | 2 | - |" in text
+
+
+def test_peak_memory_is_read_from_the_process() -> None:
+    extraction = loaded("benchmarks/extraction.py")
+    now, most = extraction.memory_mib("VmRSS"), extraction.memory_mib("VmHWM")
+    assert 0 < now <= most * 1.01
+    assert extraction.memory_mib("no such field") > 0  # the process's peak instead
