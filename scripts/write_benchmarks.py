@@ -56,8 +56,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def rows_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Row name -> {"ratios", "peer", "note", "unit", "target", "at_most"}, whatever the benchmark's own form."""
-    plain = {"peer": "", "note": "", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    """Row name -> {"ratios", "peer", "note", "unit", "target", "at_most", "most"}, whatever the benchmark's own form and age."""
+    plain = {"peer": "", "note": "", "unit": "x", "target": None, "at_most": False, "most": None, "ratios": []}
     if "rows" in record:
         return {name: {**plain, **r} for name, r in record["rows"].items()}
     if record["claim"] == "judge":
@@ -80,7 +80,7 @@ def _best(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", "" if row["target"] is None else f"{row['target']:g}{row['unit']}"))
+    claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", _target(row)))
     if row["peer"] and name in CLAIMS and peer != "-":
         peer += f": {row['peer']}"
     values = row["ratios"]
@@ -90,9 +90,21 @@ def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str
         percent = "%" in target
         median = statistics.median(values)
         figures = [_figure(median, row["unit"], percent), f"{_figure(min(values), row['unit'], percent)} to {_figure(max(values), row['unit'], percent)}", str(len(values))]
-        met = "-" if row["target"] is None else "yes" if (median <= row["target"] if row["at_most"] else median >= row["target"]) else "**no**"
+        met = "-" if row["target"] is None else "yes" if _met(row, median) else "**no**"
     when = record.get("date", "") + (", quick: provisional" if record.get("quick") else "")
     return _table_row([claim, peer, target, *figures, met, row["note"], when])
+
+
+def _target(row: Mapping[str, Any]) -> str:
+    if row["target"] is None:
+        return ""
+    return f"{row['target']:g}{row['unit']}" if row["most"] is None else f"{row['target']:g} to {row['most']:g}{row['unit']}"
+
+
+def _met(row: Mapping[str, Any], median: float) -> bool:
+    if row["at_most"]:
+        return bool(median <= row["target"])
+    return bool(median >= row["target"] and (row["most"] is None or median <= row["most"]))
 
 
 def _figure(value: float, unit: str, percent: bool) -> str:
@@ -106,7 +118,7 @@ def _table_row(cells: Iterable[str]) -> str:
 def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole page."""
     found = {name: (row, record) for record in records.values() for name, row in rows_of(record).items()}
-    absent = {"peer": "", "note": "no stored result", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    absent = {"peer": "", "note": "no stored result", "unit": "x", "target": None, "at_most": False, "most": None, "ratios": []}
     header = [_table_row(["claim", "peer", "target", "median", "least to most", "repeats", "met", "note", "date"]), "|---|---|---|---|---|---|---|---|---|"]
     main = [line_of(name, *found.get(name, (absent, {}))) for name in CLAIMS]
     growth = [line_of(name, *pair) for name, pair in found.items() if name.startswith("growth")]

@@ -97,3 +97,39 @@ def test_peak_memory_is_read_from_the_process() -> None:
     now, most = extraction.memory_mib("VmRSS"), extraction.memory_mib("VmHWM")
     assert 0 < now <= most * 1.01
     assert extraction.memory_mib("no such field") > 0  # the process's peak instead
+
+
+def test_a_target_with_two_ends_is_missed_on_either_side_and_old_lines_are_read() -> None:
+    def verdict(row: dict[str, object]) -> str:
+        text = page.page({"growth_answers": {"claim": "growth_answers", "rows": {"growth_answers_256": row}}})
+        return next(line for line in text.splitlines() if line.startswith("| growth answers 256"))
+
+    for ratio, met in ((0.85, "**no**"), (0.9, "yes"), (1.05, "yes"), (1.1, "yes"), (1.2, "**no**")):
+        line = verdict(common.row([ratio], 0.9, "64 answers", most=1.1))
+        assert f"| 1 | {met} |" in line and "0.9 to 1.1x" in line
+    old = {k: v for k, v in common.row([1.2], 0.9, "64 answers").items() if k != "most"}
+    assert "| 1 | yes |" in verdict(old) and "| 0.9x |" in verdict(old)
+    assert "| 1 | yes |" in verdict(common.row([1.2], 2.0, "", unit="s", at_most=True))
+
+
+def test_an_answers_cost_is_without_the_reading_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = loaded("benchmarks/growth.py")
+    asked: list[tuple[int, int]] = []
+
+    def ours(model: object, questions: list[object], n: int, tokens: int, rows: int) -> tuple[float, int, int]:
+        assert len(questions) == 1 and len(questions[0].paraphrases) == 1  # type: ignore[attr-defined]
+        asked.append((n, tokens))
+        return 10.0 + n * tokens, n, n * tokens  # 10 s for the prompt, a second for each token
+
+    monkeypatch.setattr(growth, "ours", ours)
+    assert growth.per_answer(None, 64, 24, 128) == pytest.approx(24, rel=0.01) and asked == [(1, 1), (64, 24)] * 2
+    assert growth.per_answer(None, 4096, 24, 128) == pytest.approx(24, rel=0.01) and len(asked) == 6
+    assert growth.behind(None, 1024, 32) == 1.0
+
+
+def test_parts_of_growth_that_are_stored_one_by_one_stand_together(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    lines = [{"claim": f"growth_{part}", "rows": {f"growth_{part}_64": common.row([1.0], 0.9, "one")}} for part in ("answers", "conditions")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page.page(page.read(file))
+    assert "| growth answers 64 |" in text and "| growth conditions 64 |" in text
