@@ -127,6 +127,13 @@ def test_an_answers_cost_is_without_the_reading_of_its_prompt(monkeypatch: pytes
     assert growth.behind(None, 1024, 32) == 1.0
 
 
+def test_decode_alone_is_what_a_run_takes_beyond_one_new_token() -> None:
+    decoding = loaded("benchmarks/decoding.py")
+    assert decoding.per_token((3.0, 64), (7.0, 320)) == 4 / 256
+    text = page.page({"decode_equal": {"claim": "decode_equal", "rows": {"decode_equal_without_prompts": common.row([1.5], None, "generate")}}})
+    assert "| decode equal without prompts | generate |  | 1.5x |" in text[text.index("## Beside the table") :]
+
+
 def test_parts_of_growth_that_are_stored_one_by_one_stand_together(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     lines = [{"claim": f"growth_{part}", "rows": {f"growth_{part}_64": common.row([1.0], 0.9, "one")}} for part in ("answers", "conditions")]
