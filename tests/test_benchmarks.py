@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -140,3 +142,27 @@ def test_parts_of_growth_that_are_stored_one_by_one_stand_together(tmp_path: Pat
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = page.page(page.read(file))
     assert "| growth answers 64 |" in text and "| growth conditions 64 |" in text
+
+
+def test_every_benchmark_is_told_to_be_quick() -> None:
+    run = loaded("benchmarks/run.py")
+    options = argparse.Namespace(quick=True, repeats=1, threads=1, study=None)
+    for name in run.benchmarks():
+        command = run.command_of(name, options)
+        assert command[2:] == ["--quick", "--repeats", "1", "--threads", "1"], name
+    assert run.command_of("training", argparse.Namespace(quick=False, repeats=None, threads=None, study=None), ["--steps", "6"])[2:] == ["--steps", "6"]
+
+
+def test_options_of_one_benchmark_need_that_one_named() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/run.py"), "training", "judge", "--", "--steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 2 and "name that one alone" in done.stderr
+
+
+def test_a_recipe_stored_alone_leaves_the_others_row(tmp_path: Path) -> None:
+    def line(recipe: str, ratio: float, **more: object) -> str:
+        return json.dumps({"claim": f"training_{recipe}", "recipe": recipe, "ratios": {"TRL": [ratio], "PEFT loop": [9.0]}, "failed": {}, **more}) + "\n"
+
+    file = tmp_path / "results.jsonl"
+    file.write_text(line("nine_adapter", 2.0) + line("all_adapter", 1.9) + line("nine_adapter", 2.6, settings={"steps": 6}) + line("all_adapter", 5.0, quick=True))
+    text = page.page(page.read(file))
+    assert "TRL | ≥ 1.8x | 1.9x |" in text and "TRL | ≥ 2.5x | 2.6x |" in text and "Work: steps 6." in text
