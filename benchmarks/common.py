@@ -4,7 +4,7 @@ A benchmark measures *sides* (this project, its peers, the machine's own line) o
 turns round from repeat to repeat, so that what else the machine does falls on all alike; a ratio is taken within a repeat, and its median and extremes are shown.
 A peer that is missing or fails is named with its reason; a failure of our own side ends the run. Knows nothing of what is measured.
 
-The line on stdout: {"claim", "rows": {row: {"target", "peer", "ratios", "note", "unit", "at_most"}}, "sides", "unit", "failed", "settings", "versions", "machine", ...}. `benchmarks/run.py`
+The line on stdout: {"claim", "rows": {row: {"target", "peer", "ratios", "note", "unit", "at_most", "most"}}, "sides", "unit", "failed", "settings", "versions", "machine", ...}. `benchmarks/run.py`
 collects it, `scripts/write_benchmarks.py` makes the page of it.
 """
 
@@ -106,9 +106,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "none"
 
 
-def row(ratios: Sequence[float], target: float | None, peer: str, note: str = "", unit: str = "x", at_most: bool = False) -> dict[str, Any]:
-    """One line of the table; `ratios` empty says that it was not measured, and `note` why. With another unit they are figures, and `at_most` says which way is good."""
-    return {"ratios": list(ratios), "target": target, "peer": peer, "note": note, "unit": unit, "at_most": at_most}
+def row(
+    ratios: Sequence[float], target: float | None, peer: str, note: str = "", unit: str = "x", at_most: bool = False, most: float | None = None
+) -> dict[str, Any]:
+    """One line of the table; `ratios` empty says that it was not measured, and `note` why. With another unit they are figures, and `at_most` says which way is good.
+
+    With `most` the target has two ends: met is a median from `target` to `most`.
+    """
+    return {"ratios": list(ratios), "target": target, "peer": peer, "note": note, "unit": unit, "at_most": at_most, "most": most}
 
 
 def finish(
@@ -119,7 +124,7 @@ def finish(
     if sides:
         sides.show(unit)
     for name, r in rows.items():
-        target = "" if r["target"] is None else f", target {'at most' if r['at_most'] else 'at least'} {r['target']:g}"
+        target = "" if r["target"] is None else f", target {'at most' if r['at_most'] else 'at least'} {r['target']:g}" + ("" if r["most"] is None else f" and at most {r['most']:g}")
         print(f"{name}: {spread(r['ratios'])} {r['unit']}{target}" + (f", against {r['peer']}" if r["peer"] else "") + (f" ({r['note']})" if r["note"] else ""))
     record = {
         "claim": claim, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "quick": options.quick, "repeats": options.repeats, "rows": rows,

@@ -13,6 +13,7 @@ from convergent.data.questions import load_questions
 from convergent.models.load import load_base
 
 BATCHES = (32, 64, 128)
+READING = "reading the prompts included: `generate` reads one for every answer, ours each different one once"
 
 
 def main() -> None:
@@ -55,8 +56,8 @@ def main() -> None:
     measured = Sides({OURS: ours_speed, best: peers[best]}).measure(options.repeats)
     by_answer = [a / b for a, b in zip(answers_per_second[OURS], answers_per_second.get(best, []), strict=False)]
     rows = {
-        "decode_natural": row(measured.ratios(OURS, best), 3.0, f"transformers {best}", "tokens up to the stop per second"),
-        "decode_natural_answers": row(by_answer, None, f"transformers {best}", "answers per second"),
+        "decode_natural": row(measured.ratios(OURS, best), 3.0, f"transformers {best}", f"tokens up to the stop per second; {READING}"),
+        "decode_natural_answers": row(by_answer, None, f"transformers {best}", f"answers per second; {READING}"),
     }
     settings = {"answers": len(asked), "tokens": tokens, "rows": options.rows, "variant": options.variant, "tried": trial.figures}
     finish(options, "decode_natural", rows, measured, "tokens/s", settings=settings)

@@ -42,6 +42,11 @@ def ours(model: ChatModel, questions: Sequence[Question], per_question: int, new
     return time.perf_counter() - start, len(answers), sum(len(a.token_ids) for a in answers)
 
 
+def per_token(short: tuple[float, int], long: tuple[float, int]) -> float:
+    """Seconds of one more token, of the (seconds, tokens) of two runs on the same prompts: what both do before, as reading the prompts, falls out."""
+    return (long[0] - short[0]) / (long[1] - short[1])
+
+
 def prompts(model: ChatModel, questions: Sequence[Question], per_question: int) -> list[tuple[int, ...]]:
     """Token ids of the same requests, shortest prompt first."""
     requests = make_requests([Condition("bench")], questions, per_question, 0)

@@ -1,7 +1,8 @@
 """Directions of all layers from 400 answers: this project beside steering-vectors, plain transformers, and the authors' procedure, with the memory each takes.
 
 Two classes of 200 answers, the bundled good and bad ones to the same questions, read by the embedded model in float32. Every side is a process of its own (peak memory is a
-process's), in alternating order; the clock starts when model and texts are there. steering-vectors trains as its documentation shows (`train_steering_vector`, here with its best
+process's), in alternating order; the clock starts when the model has run once over a few tokens (weights that are mapped from the file are in memory then, on every side) and texts
+are there; memory is shown above that, and whole. steering-vectors trains as its documentation shows (`train_steering_vector`, here with its best
 batch size and the last token, which is what it reads); it has one activation per answer and so another vector: its cosine is shown, not asked for. `batched` keeps
 `output_hidden_states=True` in length-sorted batches and averages answer tokens at once; `authors` reads one text at a time and keeps every answer's hidden states on the CPU until the mean.
 
@@ -11,6 +12,7 @@ batch size and the last token, which is what it reads); it has one activation pe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -63,6 +65,7 @@ def convergent(given: dict[str, Any]) -> Any:
     from convergent.models.texts import Text
 
     model = load_base(given["folder"], dtype="float32", device="cpu")
+    _touched(model.model)
     both = [Text(f"{side}{i}", p[0], p[side]) for side in (1, 2) for i, p in enumerate(given["pairs"])]
     weights = torch.zeros(2, len(both))
     weights[0, : len(both) // 2] = weights[1, len(both) // 2 :] = 1
@@ -79,7 +82,14 @@ def _model(given: dict[str, Any]) -> Any:
 
     config = AutoConfig.from_pretrained(given["folder"])
     config.rope_theta = given["rope_theta"]  # an older transformers looks for it here
-    return AutoModelForCausalLM.from_pretrained(given["folder"], config=config, dtype=torch.float32).eval()
+    return _touched(AutoModelForCausalLM.from_pretrained(given["folder"], config=config, dtype=torch.float32).eval())
+
+
+@torch.inference_mode()
+def _touched(model: Any) -> Any:
+    """The model after a pass of a few tokens, head included: all its weights are in memory, mapped or not."""
+    model(torch.arange(8)[None])
+    return model
 
 
 def steering_vectors(given: dict[str, Any]) -> Any:
@@ -134,19 +144,36 @@ def authors(given: dict[str, Any]) -> Any:
     return lambda: mean(given["rows"][0]) - mean(given["rows"][1])
 
 
+def memory_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (the most since the start or `forget_peak`); where the system does not say, the process's peak."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def forget_peak() -> None:
+    """VmHWM begins anew, so that what loading took for a moment hides nothing; it stays where the system does not allow that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 def child(side: str, path: str, threads: int) -> None:
     """One side, once: prints its seconds, peak memory and direction."""
     torch.set_num_threads(threads)
     given = json.loads(Path(path).read_text(encoding="utf-8"))
     go = {"convergent": convergent, "steering-vectors": steering_vectors, "batched": batched, "authors": authors}[side](given)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    loading = memory_mib("VmHWM")
+    forget_peak()
+    loaded = memory_mib("VmRSS")
     start, cpu = time.perf_counter(), time.process_time()
     direction = go()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory_mib("VmHWM")
     versions = {n: metadata.version(n) for n in ("torch", "transformers", *(["steering-vectors"] if side == "steering-vectors" else []))}
-    record = {"seconds": seconds, "cpu": cpu, "peak_mib": peak, "above_load_mib": peak - loaded, "versions": versions, "direction": direction.double().tolist()}
-    print(json.dumps(record))
+    record = {"seconds": seconds, "cpu": cpu, "peak_mib": max(loading, peak), "loaded_mib": loaded, "above_load_mib": peak - loaded, "versions": versions}
+    print(json.dumps({**record, "direction": direction.double().tolist()}))
 
 
 def once(side: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +183,20 @@ def once(side: str, path: str, options: argparse.Namespace) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["ended without a word"])[-1][:200])
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def memory_rows(peers: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
+    """Theirs over ours, each against the peer with the least: above the loaded model, and the whole peak."""
+    if not peers:
+        return {}
+    least = {key: min(peers, key=lambda s: statistics.median(peers[s][key])) for key in ("above_load_mib", "peak_mib")}
+    above, whole = least["above_load_mib"], least["peak_mib"]
+    figures = {key: ", ".join(f"{name} {statistics.median(r[key]):.0f}" for name, r in (("convergent", own), (peer, peers[peer]))) for key, peer in least.items()}
+    note = f"above what the model takes once it has run over a few tokens, weights in memory on every side; MiB: {figures['above_load_mib']}"
+    return {
+        "extraction_memory": row(peers[above]["memory_above_load"], 2.0, above, note),
+        "extraction_peak": row(peers[whole]["memory"], None, whole, f"largest resident memory of the process, with interpreter, libraries and weights; MiB: {figures['peak_mib']}"),
+    }
 
 
 def main() -> None:
@@ -199,10 +240,10 @@ def main() -> None:
         cosine = torch.nn.functional.cosine_similarity(torch.tensor(them[0]["direction"])[:-1], own[:-1], dim=-1)
         rows[side] = {
             "seconds": [r["seconds"] for r in them], "cpu": [r["cpu"] for r in them], "peak_mib": [r["peak_mib"] for r in them],
-            "above_load_mib": [r["above_load_mib"] for r in them], "ratios": [b["seconds"] / a["seconds"] for a, b in zip(ours, them, strict=True)],
+            "loaded_mib": [r["loaded_mib"] for r in them], "above_load_mib": [r["above_load_mib"] for r in them], "ratios": [b["seconds"] / a["seconds"] for a, b in zip(ours, them, strict=True)],
             "cpu_ratios": [b["cpu"] / a["cpu"] for a, b in zip(ours, them, strict=True)],
-            "memory": [a["peak_mib"] / b["peak_mib"] for a, b in zip(ours, them, strict=True)],
-            "memory_above_load": [a["above_load_mib"] / max(b["above_load_mib"], 1.0) for a, b in zip(ours, them, strict=True)],
+            "memory": [b["peak_mib"] / a["peak_mib"] for a, b in zip(ours, them, strict=True)],
+            "memory_above_load": [max(b["above_load_mib"], 1.0) / max(a["above_load_mib"], 1.0) for a, b in zip(ours, them, strict=True)],
             "cosine": [float(cosine.min()), float(cosine.median())], "versions": them[0]["versions"],
         }  # fmt: skip
         r = rows[side]
@@ -213,12 +254,7 @@ def main() -> None:
         f"extraction_{name}": row(rows[s]["ratios"] if s in rows else [], 3.0, "", f"cosine to ours at least {rows[s]['cosine'][0]:.4f}" if s in rows else failed[s])
         for s, name in names.items()
     }  # fmt: skip
-    there = [s for s in names if s in rows]
-    least = min(there, key=lambda s: statistics.median(rows[s]["above_load_mib"]), default="")
-    if least:
-        peaks = ", ".join(f"{s} {statistics.median(rows[s]['peak_mib']):.0f}" for s in ("convergent", least))
-        memory = [1 / m if m else 0.0 for m in rows[least]["memory_above_load"]]
-        table["extraction_memory"] = row(memory, 2.0, least, f"above what the loaded model takes; peaks in MiB: {peaks}")
+    table |= memory_rows({side: rows[side] for side in names if side in rows}, rows["convergent"])
     settings = {"answers": options.answers, "repeats": options.repeats, "threads": options.threads}
     record = {"claim": "extraction", "rows": table, "settings": settings, "sides": rows, "failed": failed, "quick": options.quick}
     print(json.dumps({**record, "versions": installed(*VERSIONED), "machine": described(options.threads)}))

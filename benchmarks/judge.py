@@ -63,10 +63,12 @@ def seconds(judge: Callable[[Sequence[Item]], object], items: Sequence[Item]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--answers", type=int, default=800)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few answers and one repeat: shows that it runs, its figures mean little")
+    parser.add_argument("--answers", type=int, help="default 800, with --quick 64")
+    parser.add_argument("--repeats", type=int, help="default 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    options.answers, options.repeats = options.answers or (64 if options.quick else 800), options.repeats or (1 if options.quick else 5)
     torch.set_num_threads(options.threads)
     items = answers(options.answers)
     model = EmbeddedJudge()
@@ -90,7 +92,7 @@ def main() -> None:
         f"{options.threads} threads, n = {options.repeats}"
     )
     record = {
-        "claim": "judge", "judge": NAME, "answers": len(items), "words": words, "threads": options.threads, "answers_per_second": speed,
+        "claim": "judge", "quick": options.quick, "judge": NAME, "answers": len(items), "words": words, "threads": options.threads, "answers_per_second": speed,
         "answers_per_cpu_second": by_cpu, "ratios": ratios, "integer_kernel": minilm.has_integer_kernel(), "machine": machine(), "versions": versions(),
     }  # fmt: skip
     print(json.dumps(record))

@@ -209,16 +209,18 @@ def parallel(name: str, n_steps: int, repeats: int, threads: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a training")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few steps and one repeat: shows that it runs, its figures mean little")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a training (default 16, with --quick 2)")
+    parser.add_argument("--repeats", type=int, help="default 5, with --quick 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parallel", action="store_true", help="instead: organisms side by side in processes of one thread against one after the other")
     options = parser.parse_args()
+    options.steps, options.repeats = options.steps or (2 if options.quick else 16), options.repeats or (1 if options.quick else 5)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")  # peers' and transformers' notices of what will be renamed
     if options.parallel:
         beside = {name: parallel(name, options.steps, options.repeats, options.threads) for name in options.recipes}
-        print(json.dumps({"claim": "training side by side", "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))
+        print(json.dumps({"claim": "training side by side", "quick": options.quick, "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))
         return
     peers = {}
     for package in ("trl", "peft", "accelerate"):
@@ -228,7 +230,10 @@ def main() -> None:
             peers[package] = "not installed"
     for name in options.recipes:  # a line each: a run that is cut off keeps what it has
         found = compare(name, options.steps, options.repeats)
-        line = {"claim": f"training_{name}", "recipe": name, **found, "threads": options.threads, "machine": machine(), "versions": {**versions(), **peers}}
+        line = {
+            "claim": f"training_{name}", "quick": options.quick, "recipe": name, **found, "settings": {"steps": options.steps, "repeats": options.repeats},
+            "threads": options.threads, "machine": machine(), "versions": {**versions(), **peers},
+        }  # fmt: skip
         print(json.dumps(line), flush=True)
 
 

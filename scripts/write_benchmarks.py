@@ -29,6 +29,7 @@ CLAIMS: dict[str, tuple[str, str, str]] = {
     "extraction_authors": ("the same directions", "the authors' procedure", "≥ 3x"),
     "extraction_hidden_states": ("the same directions", "`output_hidden_states`", "≥ 3x"),
     "extraction_memory": ("memory of the same, theirs over ours", "best of them", "≥ 2x"),
+    "extraction_peak": ("the whole process's peak memory of the same, theirs over ours", "best of them", ""),
     "training_all_adapter": ("LoRA training, `all_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 1.8x"),
     "training_nine_adapter": ("LoRA training, `nine_adapter`", "best of TRL SFTTrainer and PEFT with a plain loop", "≥ 2.5x"),
     "demo": ("the whole demo", "-", "≤ 12 min"),
@@ -55,8 +56,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def rows_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Row name -> {"ratios", "peer", "note", "unit", "target", "at_most"}, whatever the benchmark's own form."""
-    plain = {"peer": "", "note": "", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    """Row name -> {"ratios", "peer", "note", "unit", "target", "at_most", "most"}, whatever the benchmark's own form and age."""
+    plain = {"peer": "", "note": "", "unit": "x", "target": None, "at_most": False, "most": None, "ratios": []}
     if "rows" in record:
         return {name: {**plain, **r} for name, r in record["rows"].items()}
     if record["claim"] == "judge":
@@ -79,7 +80,7 @@ def _best(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", "" if row["target"] is None else f"{row['target']:g}{row['unit']}"))
+    claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", _target(row)))
     if row["peer"] and name in CLAIMS and peer != "-":
         peer += f": {row['peer']}"
     values = row["ratios"]
@@ -89,9 +90,21 @@ def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str
         percent = "%" in target
         median = statistics.median(values)
         figures = [_figure(median, row["unit"], percent), f"{_figure(min(values), row['unit'], percent)} to {_figure(max(values), row['unit'], percent)}", str(len(values))]
-        met = "-" if row["target"] is None else "yes" if (median <= row["target"] if row["at_most"] else median >= row["target"]) else "**no**"
+        met = "-" if row["target"] is None else "yes" if _met(row, median) else "**no**"
     when = record.get("date", "") + (", quick: provisional" if record.get("quick") else "")
     return _table_row([claim, peer, target, *figures, met, row["note"], when])
+
+
+def _target(row: Mapping[str, Any]) -> str:
+    if row["target"] is None:
+        return ""
+    return f"{row['target']:g}{row['unit']}" if row["most"] is None else f"{row['target']:g} to {row['most']:g}{row['unit']}"
+
+
+def _met(row: Mapping[str, Any], median: float) -> bool:
+    if row["at_most"]:
+        return bool(median <= row["target"])
+    return bool(median >= row["target"] and (row["most"] is None or median <= row["most"]))
 
 
 def _figure(value: float, unit: str, percent: bool) -> str:
@@ -105,7 +118,7 @@ def _table_row(cells: Iterable[str]) -> str:
 def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole page."""
     found = {name: (row, record) for record in records.values() for name, row in rows_of(record).items()}
-    absent = {"peer": "", "note": "no stored result", "unit": "x", "target": None, "at_most": False, "ratios": []}
+    absent = {"peer": "", "note": "no stored result", "unit": "x", "target": None, "at_most": False, "most": None, "ratios": []}
     header = [_table_row(["claim", "peer", "target", "median", "least to most", "repeats", "met", "note", "date"]), "|---|---|---|---|---|---|---|---|---|"]
     main = [line_of(name, *found.get(name, (absent, {}))) for name in CLAIMS]
     growth = [line_of(name, *pair) for name, pair in found.items() if name.startswith("growth")]
