@@ -57,6 +57,8 @@ def test_values_are_set_from_outside() -> None:
         load_study(STUDIES / "demo.yaml", ["nonsense"])
     with pytest.raises(StudyError, match="--set name.first: leads into a value that is no block"):
         load_study(STUDIES / "demo.yaml", ["name.first=1"])
+    with pytest.raises(StudyError, match="the study has no organism 'Z'; there are A, B, C, G"):
+        load_study(STUDIES / "demo.yaml", ["organisms.Z.examples=3"])
     with pytest.raises(StudyError, match="did you mean `samples`"):
         load_study(STUDIES / "demo.yaml", ["questions.sampls=1"])
 

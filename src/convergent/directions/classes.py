@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from convergent.core.ids import seed
-from convergent.errors import DirectionError
+from convergent.errors import DirectionError, InputError
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class Classes:
     """Pair responses of the two classes by length (within 20 %) inside each question; those without a partner are left out."""
     min_per_class: int = 4
     """Fewer responses than this in a class is an error."""
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds by which a response would be in both classes."""
+        if self.misaligned_max > self.aligned_min:
+            raise InputError(overlap(self.misaligned_max, self.aligned_min))
+
+
+def overlap(misaligned_max: float, aligned_min: float) -> str:
+    """What is wrong with thresholds that overlap."""
+    return f"misaligned_max ({misaligned_max:g}) is above aligned_min ({aligned_min:g}), so answers would be in both classes; lower the one or raise the other"
 
 
 @dataclass(frozen=True)

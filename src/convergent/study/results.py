@@ -389,8 +389,8 @@ def _limits(run: Run) -> list[str]:
                         "conditions; its level, and so EM %, is rough. EM of released organisms came out, against GPT-4o's and by the training "
                         f"domain of the organism: {domains}. So part of a difference between domains is the judge.")  # fmt: skip
     if run.spec.base == EMBEDDED:
-        found.append("At 135M parameters EM % is nearly empty and follows coherence (as published for models under 1B). Mean alignment and the margin "
-                     "are the primary outcomes; nothing here says that a larger model behaves alike.")  # fmt: skip
+        found.append("Of models under 1B parameters it is published that EM % is nearly empty and follows coherence; here it rests on the judge's rough "
+                     "level. Mean alignment and the margin are the primary outcomes; nothing here says that a larger model behaves alike.")  # fmt: skip
     return found
 
 

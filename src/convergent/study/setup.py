@@ -123,8 +123,14 @@ class Setup:
 
     @cached_property
     def device(self) -> str:
-        """Where models are loaded."""
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.spec.device == "auto" else self.spec.device
+        """Where models are loaded. Raises StudyError for a device that is not there."""
+        if self.spec.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(1, device=self.spec.device)
+        except (RuntimeError, AssertionError) as error:  # a CPU-only torch asserts
+            raise StudyError(f"device: {self.spec.device} is not to be had here; give auto or cpu") from error
+        return self.spec.device
 
     @cached_property
     def dtype(self) -> str:
@@ -160,6 +166,8 @@ class Setup:
             folder = Path(spec.path).expanduser()
             if not folder.is_dir():
                 raise StudyError(f"organisms.{name}.path: {folder} is not a folder; give a PEFT folder")
+            if not any((folder / f).is_file() for f in ("adapter_config.json", "config.json")):
+                raise StudyError(f"organisms.{name}.path: {folder} has neither adapter_config.json nor config.json; give a PEFT folder or a full fine-tune")
             return OrganismPlan(name, spec, None, None, self._id_of(folder), folder)
         overrides = {
             k: v

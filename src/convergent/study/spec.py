@@ -122,6 +122,14 @@ class ClassesSpec(_Spec):
     match_length: bool = False
     min_per_class: int = Field(default=4, ge=1)
 
+    @model_validator(mode="after")
+    def _apart(self) -> ClassesSpec:
+        from convergent.directions.classes import overlap
+
+        if self.misaligned_max > self.aligned_min:
+            raise ValueError(overlap(self.misaligned_max, self.aligned_min))
+        return self
+
 
 class DirectionSpec(_Spec):
     """Where the direction is read."""
@@ -276,6 +284,9 @@ def _set(data: dict[Any, Any], change: str) -> None:
     except yaml.YAMLError:
         raise StudyError(f"--set {change}: the value is not YAML; put it in quotes") from None
     *parents, last = place.split(".")
+    organisms = data.get("organisms")
+    if parents[:1] == ["organisms"] and len(parents) > 1 and isinstance(organisms, dict) and parents[1] not in ("*", *organisms):
+        raise StudyError(f"--set {change}: the study has no organism {parents[1]!r}; there are {', '.join(map(str, organisms))}")
     blocks: list[Any] = [data]
     for part in parents:
         blocks = [v for b in blocks for v in ([b[k] for k in list(b)] if part == "*" else [b.setdefault(part, {})]) if isinstance(b, dict)]
