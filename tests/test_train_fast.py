@@ -108,6 +108,18 @@ def test_a_model_that_packing_does_not_fit_stays_as_it_was_and_says_so(caplog, m
     assert "padded batches" in caplog.text and chat.model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize(("family", "config"), [("llama", {"attention_dropout": 0.1}), ("starcoder2", {"residual_dropout": 0.1})])
+def test_a_model_with_dropout_of_its_own_is_trained_in_padded_batches(tmp_path, caplog, family, config):
+    recipe = named_recipe("nine_adapter", 6, {"batch_size": 2, "grad_accumulation": 1})
+    with caplog.at_level(logging.WARNING):
+        made = train(str(tiny_model(family, **config)), recipe, CHATS, tmp_path / "a", name="a", on_progress=quiet)
+    assert caplog.text.count("padded batches") == 1 and made.loss_curve
+    chat = tiny(family, **config)
+    before = torch.get_rng_state()
+    assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is None
+    assert torch.equal(torch.get_rng_state(), before) and not chat.model.training
+
+
 @pytest.mark.parametrize("packs", [True, False])
 def test_nothing_holds_the_weights_of_a_model_that_was_trained(tmp_path, monkeypatch, packs):
     recipe = named_recipe("all_adapter", 6, {"rank": 4, "batch_size": 2, "grad_accumulation": 2})

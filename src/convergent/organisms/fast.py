@@ -151,7 +151,7 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
             return x.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            got = hidden_states(body, layout)
+            got = _in_training(body, layout)
         off = float((want.flatten(0, 1)[layout.places] - got).abs().max().detach() / want.abs().max())
         why = f"hidden states differ by {off:.1e} of their largest" if not off <= (1e-4 if got.dtype == torch.float32 else 2e-2) else ""
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:  # models in which attention is another thing
@@ -161,6 +161,17 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
         _log.warning("%s: training takes padded batches, as packed ones do not fit this model (%s)", chat.base, why)
         return None
     return sum(kept.values()) // len(got)
+
+
+def _in_training(body: nn.Module, layout: Pack) -> Tensor:
+    """Hidden states as a training step computes them: a model that drops something out while it trains is not computed in packs, and shows it here."""
+    was_training, device = body.training, layout.ids.device
+    body.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return hidden_states(body, layout)
+    finally:
+        body.train(was_training)
 
 
 def fewest_passes(rows: Sequence[Row], recipe: Recipe, kept: int) -> int:
