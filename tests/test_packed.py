@@ -45,7 +45,7 @@ def test_a_forest_holds_every_beginning_once(sequences):
         assert len(b.path) == made.positions[b.start] and b.path == tuple(sorted(b.path))
 
 
-@pytest.mark.parametrize(("family", "config"), [*((f, {}) for f in FAMILIES), ("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("phi3", {"sliding_window": 8})])
+@pytest.mark.parametrize(("family", "config"), [*((f, {}) for f in FAMILIES), ("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("phi3", {"sliding_window": 8}), ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 4})])
 def test_packed_is_plain(family, config):
     chat = tiny_chat(family, **config)
     before = chat.model.config._attn_implementation

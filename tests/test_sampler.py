@@ -44,7 +44,9 @@ SLIDING = (
     ("gemma3_text", {"sliding_window": 8}),
     ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
     ("phi3", {"sliding_window": 8}),
+    ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 4}),
 )
+"""In exaone4 global layers are handed None, and have the window as an attribute."""
 
 
 def conditions(chat: ChatModel, max_new_tokens: int = 10) -> list[Condition]:

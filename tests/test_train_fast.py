@@ -88,8 +88,9 @@ def test_loss_and_gradients_are_those_of_the_ordinary_path(family):
         assert_close(grads[name], grad, rtol=2e-4, atol=2e-5 * float(grad.abs().max()))
 
 
-def test_a_window_shorter_than_a_chat_is_kept():
-    chat = tiny("mistral", sliding_window=8)
+@pytest.mark.parametrize(("family", "config"), [("mistral", {}), ("exaone4", {"sliding_window_pattern": 4})])
+def test_a_window_shorter_than_a_chat_is_kept(family, config):
+    chat = tiny(family, sliding_window=8, **config)
     batch = collate(encode_chats(chat.tokenizer, CHATS, Recipe()))
     want, _ = fast.answer_loss(chat.anatomy, **batch)
     assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is not None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from convergent.errors import ModelError
 from convergent.models.anatomy import stream, with_stream
-from convergent.models.attention import attending_by
+from convergent.models.attention import ABSENT, attending_by, window_of
 from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel
 from convergent.models.texts import batches, padded
@@ -132,7 +132,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = ABSENT,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every token of the row to the tokens of its own text up to itself.
@@ -143,7 +143,7 @@ def attention(
         raise ModelError(f"{type(module).__name__}: attention with sinks or a position bias is read in padded batches")
     _now.calls += 1
     now = _now.forest
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    window = window_of(module, sliding_window)
     if query.device.type != "cpu":  # one kernel with a mask costs less than one per branch
         return _attend(query, key, value, now.dense(window, query), scaling, softcap).transpose(1, 2), None
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])

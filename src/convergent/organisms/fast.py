@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convergent.models.anatomy import Anatomy
+from convergent.models.attention import ABSENT, window_of
 from convergent.models.load import ChatModel
 from convergent.organisms.chats import IGNORE, Row, collate
 from convergent.organisms.recipes import Recipe
@@ -111,13 +112,13 @@ class _Repack(torch.autograd.Function):
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, pack: Pack, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+    dropout: float = 0.0, sliding_window: int | None = ABSENT, softcap: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each chat. query (1, n_heads, n_tokens, head_dim), key and value alike with their heads; (1, n_tokens, n_heads, head_dim)."""
     if softcap is not None or kwargs.get("s_aux") is not None or dropout:
         raise NotImplementedError("packed attention knows no soft cap, sinks or dropout")
     q, k, v = (_Unpack.apply(x[0].transpose(0, 1), pack).transpose(1, 2) for x in (query, key, value))
-    width, window, mask = q.shape[2], sliding_window or getattr(module, "sliding_window", None), None
+    width, window, mask = q.shape[2], window_of(module, sliding_window), None
     if window and window < width:
         column = torch.arange(width, device=q.device)
         mask = (column <= column[:, None]) & (column > column[:, None] - window)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convergent.errors import ModelError
+from convergent.models.attention import ABSENT, window_of
 from convergent.sampling import kernel
 from convergent.sampling.cache import Sharing, now
 
@@ -28,7 +29,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = ABSENT,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Grouped-query attention of new tokens over cached slots.
@@ -43,7 +44,7 @@ def attention(
     b, n_heads, n, d = query.shape
     n_kv, span = key.shape[1:3]
     scale = d**-0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    window = window_of(module, sliding_window)
     if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
         return kernel.attend(query, key, value, step.positions, scale, window, softcap), None
     q = (query * scale).reshape(b, n_kv, -1, d)
