@@ -26,14 +26,15 @@ from convergent.interventions.hooks import applied
 from convergent.models.anatomy import inspect_model
 from convergent.models.cached import cache_name
 from convergent.models.chat import encode_prompt
-from convergent.models.load import ChatModel
+from convergent.models.load import ChatModel, load_base
 from convergent.sampling import invariance
+from convergent.sampling.attention import attention
 from convergent.sampling.cache import SHARED_FROM
 from convergent.sampling.draw import draw
 from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import sample
-from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
+from tiny import FAMILIES, direction_for, n_hooks, tiny_chat, tiny_model
 
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
 LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 3,))
@@ -362,6 +363,54 @@ def test_a_model_with_its_own_attention_is_refused():
     other = replace(chat, model=own, anatomy=inspect_model(own))
     with pytest.raises(ModelError, match="GPTNeoForCausalLM: its attention"):
         sample(other, make_requests([Condition("plain")], [SHORT], 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("recurrent_gemma", {"attention_window_size": 8, "lru_width": 32}),  # was sampled, with other tokens than the model's
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 3, "block_auto_adjust_ff_dim": False}),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4}),
+        (
+            "deepseek_v3",
+            {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+            | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 6},
+        ),
+    ],
+)
+def test_models_that_do_not_keep_and_read_keys_and_values_in_every_layer_are_refused(family, config):
+    with pytest.raises(ModelError, match="ForCausalLM: its attention does not go .* choose another base"):
+        tokens(load_base(str(tiny_model.__wrapped__(family, **config)), dtype="float32", device="cpu"), requests(tiny_chat())[:1], 1)
+
+
+def test_a_prompt_is_not_shared_where_a_layer_attends_to_other_keys_than_it_stored(monkeypatch):
+    chat = load_base(str(tiny_model()), dtype="float32", device="cpu")
+    update = lane.SlotCache.update
+    monkeypatch.setattr(lane.SlotCache, "update", lambda self, *a, **k: tuple(2 * t for t in update(self, *a, **k)))
+    with pytest.raises(ModelError, match="its attention"):
+        tokens(chat, requests(chat)[:1], 1)
+
+
+def test_values_may_be_wider_than_keys():
+    """One product serves rows that share a prompt, and rows may have their own."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*s, generator=g) for s in ((3, 4, 1, 8), (3, 2, 1, 8), (3, 2, 1, 12)))
+    prompt = lane.SlotCache(1, 40)
+    prompt.begin(slice(0, 1), torch.arange(40)[None], 40)
+    before = torch.randn(1, 2, 40, 8, generator=g), torch.randn(1, 2, 40, 12, generator=g)
+    prompt.update(*before, 0)
+    found = []
+    for put in ("share_row", "copy_row"):
+        cache = lane.SlotCache(3, 64)
+        for row in range(3):
+            getattr(cache, put)(prompt, row, 40)
+        cache.begin(slice(0, 3), torch.full((3, 1), 40), 41 if put == "copy_row" else 1)
+        found.append(attention(torch.nn.Module(), q, *cache.update(k, v, 0), None)[0])
+    keys, values = (torch.cat([b.expand(3, -1, -1, -1), new], 2) for b, new in zip(before, (k, v), strict=True))
+    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True).transpose(1, 2)
+    assert want.shape == (3, 1, 4, 12)
+    for out in found:
+        torch.testing.assert_close(out, want)
 
 
 # --- draw -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,12 @@ def window_of(module: nn.Module, given: Any) -> int | None:
     return getattr(module, "sliding_window", None) if given is ABSENT else given
 
 
+def plain_layers(model: Any) -> bool:
+    """Whether its config names, if it names any, layers of full and sliding attention alone: no chunks, no state of another kind."""
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return set(layers) <= {"full_attention", "sliding_attention"}
+
+
 @contextmanager
 def attending_by(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Run the body with `function` as the model's attention, known to transformers under `name`; the model's own is restored afterwards.

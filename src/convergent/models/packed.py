@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from convergent.errors import ModelError
 from convergent.models.anatomy import stream, with_stream
-from convergent.models.attention import ABSENT, attending_by, window_of
+from convergent.models.attention import ABSENT, attending_by, plain_layers, window_of
 from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel
 from convergent.models.texts import batches, padded
@@ -298,10 +298,8 @@ _packs: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 def packs(model: ChatModel) -> bool:
     """Whether a forest and a resumed pass give what plain passes give, tried once per model on three short texts."""
     if model.model not in _packs:
-        text = model.model.config.get_text_config()
-        known = set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
         try:
-            _packs[model.model] = known and _agrees(model)
+            _packs[model.model] = plain_layers(model.model) and _agrees(model)
         except (ModelError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError) as error:
             _log.debug("%s: %s", type(model.model).__name__, error)
             _packs[model.model] = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,11 +19,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convergent.core.ids import uniforms
 from convergent.core.values import Response
-from convergent.errors import ModelError
+from convergent.errors import ConvergentError, ModelError
 from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
@@ -33,7 +34,39 @@ from convergent.sampling.invariance import Shape
 from convergent.sampling.memory import out_of_memory
 from convergent.sampling.requests import Request
 
-OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
+OWN_ATTENTION = (
+    "{}: its attention does not go through the attention interface of transformers in every layer, or it keeps a state of its own, so it cannot be "
+    "sampled; choose another base"
+)
+_proven: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@torch.inference_mode()
+def prove(model: ChatModel, prompt: Sequence[int]) -> None:
+    """Read the first tokens of a prompt and decode one, once per model and with no intervention in force. Raises ModelError if the sampler cannot run it."""
+    name, device, n = type(model.model).__name__, model.device, min(4, len(prompt))
+    if model.model in _proven:
+        return
+    cache, ids, positions = SlotCache(1, n + 1), torch.tensor([prompt[:n]], device=device), torch.arange(n, device=device)[None]
+    for these, at, furthest in ((ids, positions, n), (ids[:, -1:], positions[:, -1:] + 1, n + 1)):
+        step = cache.begin(slice(0, 1), at, furthest)
+        step.proving = True
+        try:
+            _last_logits(model.model, cache_name(model.model), these, at, cache)
+        except Exception as error:
+            if isinstance(error, ConvergentError) or out_of_memory(error):
+                raise
+            # A model that asks the cache for what it does not have, or hands attention other shapes, fails in ways of its own.
+            why = " ".join(str(error).split())[:160]
+            raise ModelError(f"{OWN_ATTENTION.format(name)} ({type(error).__name__}: {why})") from error
+        if not step.stored == step.read == model.n_layers:
+            raise ModelError(OWN_ATTENTION.format(name))
+    _proven.add(model.model)
+
+
+def _last_logits(model: Any, cache_name: str, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache_name: cache}).logits
+    return logits[:, -1]
 
 
 @dataclass(eq=False)
@@ -186,7 +219,7 @@ class Lane:
         step = cache.begin(slice(0, 1), positions, n)
         rows.set([row.condition])
         logits = self._forward(torch.tensor([row.prompt], device=device), positions, cache)
-        if not step.stored or step.read != step.stored:
+        if not step.stored == step.read == self.model.n_layers:
             raise ModelError(OWN_ATTENTION.format(type(self.model.model).__name__))
         self.tally.prefilled += n
         cache.stack()  # before other lanes see it
@@ -224,9 +257,7 @@ class Lane:
         self._logits[part] = logits
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
-        model: Any = self.model.model
-        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{self._cache_name: cache}).logits
-        return logits[:, -1]
+        return _last_logits(self.model.model, self._cache_name, ids, positions, cache)
 
     def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:
         """Draw the next token of the rows at `places`; yield those that end and close the gaps they leave."""

@@ -25,12 +25,12 @@ import torch
 from convergent.core.values import Response
 from convergent.errors import InputError, ModelError
 from convergent.interventions.hooks import Rows, applied_rows
-from convergent.models.attention import attending_by
+from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
-from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work
+from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work, prove
 from convergent.sampling.requests import Request
 
 DEFAULT_ROWS = 256
@@ -66,11 +66,13 @@ def sample(
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
     done: dict[int, Response] = {}
-    with slot_attention(model.model), applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
-        for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
-            done[index] = response
-            if on_response is not None:
-                on_response(response)
+    with slot_attention(model.model):
+        prove(model, next(iter(prompts.values())))
+        with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
+            for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
+                done[index] = response
+                if on_response is not None:
+                    on_response(response)
     return [done[i] for i in range(len(wanted))]
 
 
@@ -90,7 +92,7 @@ def slot_attention(model: Any) -> Iterator[None]:
     model.eval()
     try:
         with attending_by(model, ATTENTION, attention):
-            if model.config._attn_implementation != ATTENTION:
+            if model.config._attn_implementation != ATTENTION or not plain_layers(model):
                 raise ModelError(OWN_ATTENTION.format(type(model).__name__))
             yield
     finally:
