@@ -39,6 +39,14 @@ from tiny import FAMILIES, direction_for, n_hooks, tiny_chat, tiny_model
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
 LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 3,))
 """Its prompt is stored once for all rows that share it (SHARED_FROM); those of SHORT are copied."""
+LONGROPE = ("phi3", {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "long_factor": [3.0, 5.0, 9.0, 12.0], "short_factor": [1.0, 1.0, 1.2, 1.3],
+    }
+})  # fmt: skip
+DYNAMIC = ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}})
 SLIDING = (
     ("mistral", {"sliding_window": 8}),
     ("gemma2", {"sliding_window": 8}),
@@ -73,6 +81,11 @@ def requests(chat: ChatModel, samples: int = 2, max_new_tokens: int = 10) -> lis
 
 def tokens(chat: ChatModel, wanted: list[Request], n_rows: int) -> list[tuple[int, ...]]:
     return [r.token_ids for r in sample(chat, wanted, n_rows=n_rows)]
+
+
+def uncached(family: str, **config: object) -> ChatModel:
+    """A tiny model whose config has values that cannot be hashed."""
+    return load_base(str(tiny_model.__wrapped__(family, **config)), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +393,7 @@ def test_a_model_with_its_own_attention_is_refused():
 )
 def test_models_that_do_not_keep_and_read_keys_and_values_in_every_layer_are_refused(family, config):
     with pytest.raises(ModelError, match="ForCausalLM: its attention does not go .* choose another base"):
-        tokens(load_base(str(tiny_model.__wrapped__(family, **config)), dtype="float32", device="cpu"), requests(tiny_chat())[:1], 1)
+        tokens(uncached(family, **config), requests(tiny_chat())[:1], 1)
 
 
 def test_a_prompt_is_not_shared_where_a_layer_attends_to_other_keys_than_it_stored(monkeypatch):
@@ -411,6 +424,23 @@ def test_values_may_be_wider_than_keys():
     assert want.shape == (3, 1, 4, 12)
     for out in found:
         torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize(("family", "config"), [LONGROPE, DYNAMIC])
+def test_rotary_positions_that_depend_on_the_longest_row_are_refused_beyond_their_length(family, config):
+    chat = uncached(family, **config)
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    asked = [Question("short", SHORT.paraphrases[1:])]
+    for new in (64 - n, 65 - n):
+        wanted = list(make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, new))], asked, 2, 0))
+        if n + new <= 64:
+            sample(chat, wanted)
+            continue
+        message = f"a prompt of {n} tokens with {new} new ones makes 65, and beyond 64 .* set max_new_tokens to {64 - n} or less, or shorten the prompt"
+        with pytest.raises(InputError, match=message):
+            sample(chat, wanted)
+    with pytest.raises(InputError, match="longest row of a batch; shorten the prompt"):
+        sample(chat, make_requests([Condition("plain")], [LONG], 1, 0))
 
 
 # --- draw -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from convergent.organisms import fast
 from convergent.organisms.chats import Row, collate, encode_chats
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
 from convergent.organisms.train import attach, train
+from test_sampler import LONGROPE, uncached
 from tiny import CHATS, FAMILIES, tiny_model
 
 PACKS = tuple(f for f in FAMILIES if f != "gemma2")
@@ -119,6 +120,19 @@ def test_a_model_with_dropout_of_its_own_is_trained_in_padded_batches(tmp_path, 
     before = torch.get_rng_state()
     assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is None
     assert torch.equal(torch.get_rng_state(), before) and not chat.model.training
+
+
+def test_chats_beyond_the_length_of_rotary_positions_are_not_packed(caplog):
+    chat = uncached(LONGROPE[0], **LONGROPE[1])
+    rows = encode_chats(chat.tokenizer, CHATS, Recipe())
+    longest = max(len(r.ids) for r in rows)
+    rope = chat.model.config.rope_parameters
+    rope["original_max_position_embeddings"] = longest - 1
+    with caplog.at_level(logging.WARNING):
+        assert fast.pack_attention(chat, rows) is None
+    assert f"beyond {longest - 1} tokens, and one has {longest}" in caplog.text
+    rope["original_max_position_embeddings"] = longest
+    assert fast.pack_attention(chat, rows) is not None
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -25,6 +25,7 @@ from convergent.models.anatomy import stream, with_stream
 from convergent.models.attention import ABSENT, attending_by, plain_layers, window_of
 from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.models.texts import batches, padded
 
 ATTENTION = "convergent_forest"
@@ -192,14 +193,31 @@ def read_in_batches(model: ChatModel, sequences: Sequence[Sequence[int]], batch_
     device = model.device
     batch_tokens *= 1 if device.type == "cpu" else ON_GPU
     _head_is_plain(model)
+    most = rescaled_from(model)
+    alone = [i for i, s in enumerate(sequences) if most is not None and len(s) > most]
+    if alone and model.model not in _reads_alone:
+        _reads_alone.add(model.model)
+        _log.warning("%s: texts of more than %d tokens are read one by one: its rotary positions depend on the longest text beside them", model.base, most)
     if not packs(model):
-        for members in batches([len(s) for s in sequences], batch_tokens):
-            ids, mask = padded([sequences[i] for i in members], device)
-            at = [torch.arange(len(sequences[i]), device=device) + row * ids.shape[1] for row, i in enumerate(members)]
-            yield Batch(members, {"input_ids": ids, "attention_mask": mask}, at, None)
+        for members in batches([len(s) for s in sequences], batch_tokens, most):
+            yield _whole(members, sequences, device)
         return
-    for members in _runs(sequences, batch_tokens):
+    others = sorted(set(range(len(sequences))) - set(alone))
+    for run_of in _runs([sequences[i] for i in others], batch_tokens):
+        members = [others[k] for k in run_of]
         yield _packed(members, forest([sequences[i] for i in members]), device)
+    for i in alone:
+        yield _whole([i], sequences, device)
+
+
+_reads_alone: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said."""
+
+
+def _whole(members: list[int], sequences: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    ids, mask = padded([sequences[i] for i in members], device)
+    at = [torch.arange(len(sequences[i]), device=device) + row * ids.shape[1] for row, i in enumerate(members)]
+    return Batch(members, {"input_ids": ids, "attention_mask": mask}, at, None)
 
 
 def _packed(members: list[int], made: Forest, device: torch.device) -> Batch:

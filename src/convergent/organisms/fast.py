@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from convergent.models.anatomy import Anatomy
 from convergent.models.attention import ABSENT, window_of
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.organisms.chats import IGNORE, Row, collate
 from convergent.organisms.recipes import Recipe
 
@@ -138,7 +139,10 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
     by_length = sorted(rows, key=lambda r: len(r.ids))
     batch = collate([by_length[0], by_length[-1]])
     layout = pack(batch["input_ids"].to(chat.device), batch["labels"])
+    most, longest = rescaled_from(chat), len(by_length[-1].ids)
     try:
+        if most is not None and longest > most:
+            raise ValueError(f"its rotary positions depend on the longest chat of a batch beyond {most} tokens, and one has {longest}")
         with torch.no_grad():
             want = body(input_ids=batch["input_ids"].to(chat.device), use_cache=False).last_hidden_state[:, : layout.rows.shape[1]]
         chat.model.set_attn_implementation(ATTENTION)

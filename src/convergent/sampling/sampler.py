@@ -28,6 +28,7 @@ from convergent.interventions.hooks import Rows, applied_rows
 from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work, prove
@@ -62,6 +63,7 @@ def sample(
     conditions = {r.condition.content_id: r.condition for r in wanted}
     number = {cid: i for i, cid in enumerate(conditions)}
     prompts = {asked: encode_prompt(model.tokenizer, *asked) for asked in {(r.question, r.system) for r in wanted}}
+    _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
     limit = min(n_rows, len(wanted))
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
@@ -74,6 +76,19 @@ def sample(
                 if on_response is not None:
                     on_response(response)
     return [done[i] for i in range(len(wanted))]
+
+
+def _check_lengths(model: ChatModel, lengths: Iterable[tuple[int, int]]) -> None:
+    """Raises InputError if an answer, (tokens of its prompt, most of its own), may not be drawn for want of positions."""
+    prompt, new = max(lengths, key=sum)
+    steady = rescaled_from(model)
+    if steady is None or prompt + new <= steady:
+        return
+    mend = f"set max_new_tokens to {steady - prompt} or less, or shorten the prompt" if prompt < steady else "shorten the prompt"
+    raise InputError(
+        f"sampling.max_new_tokens: a prompt of {prompt} tokens with {new} new ones makes {prompt + new}, and beyond {steady} the rotary positions of "
+        f"{model.base} depend on the longest row of a batch; {mend}"
+    )
 
 
 def lanes_for(model: ChatModel, n_rows: int) -> tuple[int, int]:
