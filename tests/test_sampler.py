@@ -443,6 +443,28 @@ def test_rotary_positions_that_depend_on_the_longest_row_are_refused_beyond_thei
         sample(chat, make_requests([Condition("plain")], [LONG], 1, 0))
 
 
+@pytest.mark.parametrize(("family", "size"), [("gpt2", "n_positions"), ("gpt_bigcode", "n_positions"), ("gptj", "n_positions"), ("biogpt", "max_position_embeddings")])
+def test_answers_beyond_a_table_of_positions_are_refused_before_the_first(family, size):
+    layers = {} if family == "biogpt" else {"n_embd": 32, "n_layer": 6, "n_head": 4} | ({"rotary_dim": 8} if family == "gptj" else {})
+    chat = tiny_chat(family, **layers, **{"max_position_embeddings": 64, size: 64})
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    asked = [Question("short", SHORT.paraphrases[1:])]
+    sample(chat, make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, 64 - n))], asked, 2, 0))
+    arrived = []
+    wanted = [Condition("plain", sampling=Sampling(1.0, 1.0, k)) for k in (1, 65 - n)]
+    with pytest.raises(InputError, match=f"a prompt of {n} tokens with {65 - n} new ones makes 65, and .* has 64 positions; set max_new_tokens to {64 - n} or less"):
+        sample(chat, make_requests(wanted, asked, 2, 0), arrived.append)
+    assert not arrived
+
+
+def test_answers_beyond_what_a_base_was_trained_on_are_said_to_be_once(caplog):
+    chat = uncached("llama", max_position_embeddings=64)
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    for new, times in ((64 - n, 0), (65 - n, 1), (70 - n, 1)):
+        wanted = make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, new))], [Question("short", SHORT.paraphrases[1:])], 1, 0)
+        assert sample(chat, wanted) and caplog.text.count("was trained on 64 positions") == times
+
+
 # --- draw -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,17 @@ Knows nothing of stores and judges: finished answers go to a callback as soon as
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from convergent.core.values import Response
 from convergent.errors import InputError, ModelError
@@ -28,7 +31,7 @@ from convergent.interventions.hooks import Rows, applied_rows
 from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
-from convergent.models.positions import rescaled_from
+from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work, prove
@@ -39,6 +42,7 @@ FULL = 16
 """Rows that a lane should have before there is another: with fewer, reading the weights is what takes the time."""
 MOST_LANES = 8
 """With more cores a lane gets several."""
+_log = logging.getLogger(__name__)
 
 
 def sample(
@@ -79,16 +83,24 @@ def sample(
 
 
 def _check_lengths(model: ChatModel, lengths: Iterable[tuple[int, int]]) -> None:
-    """Raises InputError if an answer, (tokens of its prompt, most of its own), may not be drawn for want of positions."""
+    """Of every answer (tokens of its prompt, most of its own). Raises InputError if positions do not suffice; says once in the log if they were not trained."""
     prompt, new = max(lengths, key=sum)
-    steady = rescaled_from(model)
-    if steady is None or prompt + new <= steady:
-        return
-    mend = f"set max_new_tokens to {steady - prompt} or less, or shorten the prompt" if prompt < steady else "shorten the prompt"
-    raise InputError(
-        f"sampling.max_new_tokens: a prompt of {prompt} tokens with {new} new ones makes {prompt + new}, and beyond {steady} the rotary positions of "
-        f"{model.base} depend on the longest row of a batch; {mend}"
-    )
+    asked = f"a prompt of {prompt} tokens with {new} new ones makes {prompt + new}"
+    steady, most = rescaled_from(model), most_positions(model)
+    for end, why in (
+        (most if has_table(model) else None, f"{model.base} has {most} positions"),
+        (steady, f"beyond {steady} the rotary positions of {model.base} depend on the longest row of a batch"),
+    ):
+        if end is not None and prompt + new > end:
+            mend = f"set max_new_tokens to {end - prompt} or less, or shorten the prompt" if prompt < end else "shorten the prompt"
+            raise InputError(f"sampling.max_new_tokens: {asked}, and {why}; {mend}")
+    if most is not None and prompt + new > most and model.model not in _overlong:
+        _overlong.add(model.model)
+        _log.warning("%s: %s, and it was trained on %d positions: answers that run past them may be of another kind", model.base, asked, most)
+
+
+_overlong: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that answers may run past what they were trained on."""
 
 
 def lanes_for(model: ChatModel, n_rows: int) -> tuple[int, int]:
