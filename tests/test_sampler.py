@@ -266,6 +266,46 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch
         sample(chat, requests(chat)[:3], n_rows=2)
 
 
+@pytest.mark.parametrize(("room", "left"), [(100, 64), (5, 4), (1, 1)])
+def test_out_of_memory_halves_the_panel_too(reference, monkeypatch, room, left):
+    """A machine with room for so many rows: a lane that goes on with a whole panel would never fit."""
+    chat, held = tiny_chat(), []
+    forward, halve = lane.Lane._forward, lane.Lane._halve
+
+    def fails(self, ids, positions, cache):
+        if cache.n_rows > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, positions, cache)
+
+    def halves(self, error):
+        halve(self, error)
+        held.append((self.limit, self.cache.n_rows))
+
+    monkeypatch.setattr(sampler, "shape_of", lambda model, n_rows: invariance.Shape(512, 512))
+    monkeypatch.setattr(sampler, "lanes_for", lambda model, n_rows: (1, 1))
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: True)
+    monkeypatch.setattr(lane.Lane, "_forward", fails)
+    monkeypatch.setattr(lane.Lane, "_halve", halves)
+    tally, everything = Tally(), requests(chat)[::3]
+    found = sample(chat, everything * 60, n_rows=600, tally=tally)
+    # 600 rows hold two panels, 300 one; from there on panels are halved and rows fill them.
+    assert held[:3] == [(300, 512), (256, 256), (128, 128)] and held[-1] == (left, left) and len(found) == 60 * len(everything)
+    assert tally.halved == len(held) == tally.panels + 1
+    greedy = [(r.token_ids, reference[r.id]) for r in found if r.condition == "greedy"]
+    assert greedy and all(a == b for a, b in greedy)  # another rounding, the same answer
+    monkeypatch.setattr(lane.Lane, "_forward", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(ModelError, match="out of memory with a single row"):
+        sample(chat, everything[:3], n_rows=2)
+
+
+def test_a_smaller_panel_is_one_in_which_a_place_does_not_matter(monkeypatch):
+    chat = tiny_chat()
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda model, n, sizes: n != 16)
+    assert invariance.smaller(chat, invariance.Shape(32, 32, True)) == invariance.Shape(8, 8, True)
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: False)
+    assert invariance.smaller(chat, invariance.Shape(32, 32)) == invariance.Shape(1, 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_by_hand(family):
     """Token t is drawn with number t of the row's own stream from the logits of a whole forward pass, without cache or batch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,8 +72,21 @@ def _probe(model: ChatModel, n_rows: int) -> Shape:
 def panel_on_gpu(model: ChatModel) -> int:
     """Rows that a GPU decodes at once."""
     _, n_kv, d, width = _heads(model)
-    row = (d + width) * model.n_layers * n_kv * next(model.model.parameters()).element_size() * PANEL_TOKENS
-    return next((size for size in PANELS_ON_GPU if size * row <= PANEL_BYTES), PANEL)
+    return panel_for((d + width) * model.n_layers * n_kv * next(model.model.parameters()).element_size())
+
+
+def panel_for(token_bytes: int) -> int:
+    """The same, from the bytes that the cache holds per token."""
+    return next((size for size in PANELS_ON_GPU if size * token_bytes * PANEL_TOKENS <= PANEL_BYTES), PANEL)
+
+
+@torch.inference_mode()
+def smaller(model: ChatModel, shape: Shape) -> Shape:
+    """With panels of half as many rows, or fewer where a row's bits depend on its place in such a panel; one row is the least."""
+    size = (shape.panel or 1) // 2
+    while size > 1 and not (_linears_are_invariant(model, size, ()) and _attention_is_invariant(model, (size,))):
+        size //= 2
+    return replace(shape, least=max(1, size), panel=max(1, size))
 
 
 @torch.inference_mode()

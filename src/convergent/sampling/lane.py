@@ -30,7 +30,7 @@ from convergent.models.load import ChatModel
 from convergent.sampling.cache import SHARED_FROM, SlotCache
 from convergent.sampling.draw import draw
 from convergent.sampling.graphs import Graphs
-from convergent.sampling.invariance import Shape
+from convergent.sampling.invariance import Shape, smaller
 from convergent.sampling.memory import out_of_memory
 from convergent.sampling.requests import Request
 
@@ -95,6 +95,8 @@ class Tally:
     prefilled: int = 0
     halved: int = 0
     """Times that memory did not suffice and a batch was halved."""
+    panels: int = 0
+    """How many of these times the panel was, so that last bits, and now and then a token, may differ from those of a run with whole panels."""
 
     def add(self, other: Tally) -> None:
         """Count what `other` counted too."""
@@ -102,6 +104,7 @@ class Tally:
         self.tokens += other.tokens
         self.prefilled += other.prefilled
         self.halved += other.halved
+        self.panels += other.panels
 
 
 Prompt: TypeAlias = tuple[int, tuple[int, ...]]
@@ -198,17 +201,23 @@ class Lane:
                 self._halve(error)
 
     def _halve(self, error: RuntimeError) -> None:
-        """Go on with half as many rows; those under way begin anew."""
-        if self.limit == 1:
+        """Go on with half as many rows; those under way begin anew. What is decoded in panels holds whole ones, so the last panel is halved itself."""
+        panel = self.shape.panel or 1
+        if self.limit == panel == 1:
             raise ModelError("sampling: out of memory with a single row; set sampling.max_new_tokens lower, or choose a smaller base") from error
         self.work.give_back(self.active)
         self.active.clear()
-        self.limit //= 2
         self.tally.halved += 1
         del self.cache, self._graphs, self._logits
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.limit > panel:
+            self.limit //= 2
+        else:
+            self.tally.panels += 1
+            self.shape = smaller(self.model, self.shape)
+            self.limit = min(self.limit, self.shape.least)
         self._make_room()
 
     def _read(self, row: Row, rows: Rows) -> Start:
