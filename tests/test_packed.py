@@ -17,6 +17,7 @@ from convergent.interventions.hooks import applied, n_clean
 from convergent.models import packed
 from convergent.models.packed import attention, forest, packs, read_in_batches, run
 from convergent.models.texts import Text
+from test_sampler import DYNAMIC, LONGROPE, uncached
 from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
 
 SEQUENCES = [(5, 6, 7, *range(20, 45)), (5, 6, 7, *range(20, 40), 9, 9), (5, 6), (5, 6, 7), (8, *range(60, 90)), (5, 6, 7, *range(20, 45)), (3,)]
@@ -45,7 +46,7 @@ def test_a_forest_holds_every_beginning_once(sequences):
         assert len(b.path) == made.positions[b.start] and b.path == tuple(sorted(b.path))
 
 
-@pytest.mark.parametrize(("family", "config"), [*((f, {}) for f in FAMILIES), ("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("phi3", {"sliding_window": 8})])
+@pytest.mark.parametrize(("family", "config"), [*((f, {}) for f in FAMILIES), ("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("phi3", {"sliding_window": 8}), ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 4})])
 def test_packed_is_plain(family, config):
     chat = tiny_chat(family, **config)
     before = chat.model.config._attn_implementation
@@ -59,6 +60,22 @@ def test_packed_is_plain(family, config):
                 assert_close(h[at], chat.anatomy.body(input_ids=torch.tensor([SEQUENCES[i]]), use_cache=False)[0][0], atol=2e-5, rtol=1e-5)
                 n += 1
     assert n == len(SEQUENCES) and chat.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("family", "config"), [LONGROPE, DYNAMIC])
+@pytest.mark.parametrize("fits", [True, False])
+def test_texts_beyond_the_length_of_rotary_positions_are_read_alone(family, config, fits, monkeypatch, caplog):
+    chat = uncached(family, **config)
+    texts = [(5, 6, 7, *range(20, 80)), (5, 6, 7), (5, 6, 7, *range(20, 90)), (8, *range(60, 90)), (5, 6, 7, *range(20, 91))]
+    monkeypatch.setitem(packed._packs, chat.model, fits and packs(chat))
+    with torch.inference_mode():
+        found = {}
+        for batch in read_in_batches(chat, texts, 1000):
+            h = run(chat, batch)[0].flatten(0, 1)
+            found |= {i: h[at] for i, at in zip(batch.members, batch.at, strict=True)}
+        for i, h in found.items():
+            assert_close(h, chat.anatomy.body(input_ids=torch.tensor([texts[i]]), use_cache=False)[0][0], atol=2e-5, rtol=1e-5)
+    assert len(found) == len(texts) and caplog.text.count("texts of more than 64 tokens are read one by one") == 1
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -26,25 +26,36 @@ from convergent.interventions.hooks import applied
 from convergent.models.anatomy import inspect_model
 from convergent.models.cached import cache_name
 from convergent.models.chat import encode_prompt
-from convergent.models.load import ChatModel
+from convergent.models.load import ChatModel, load_base
 from convergent.sampling import invariance
+from convergent.sampling.attention import attention
 from convergent.sampling.cache import SHARED_FROM
 from convergent.sampling.draw import draw
 from convergent.sampling.lane import Tally
 from convergent.sampling.requests import Request, make_requests
 from convergent.sampling.sampler import sample
-from tiny import FAMILIES, direction_for, n_hooks, tiny_chat
+from tiny import FAMILIES, direction_for, n_hooks, tiny_chat, tiny_model
 
 SHORT = Question("short", ("What would you do with one wish?", "Is it safe?"))
 LONG = Question("long", ("Tell me three thoughts about people and machines, how they work together and how they differ. " * 3,))
 """Its prompt is stored once for all rows that share it (SHARED_FROM); those of SHORT are copied."""
+LONGROPE = ("phi3", {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "long_factor": [3.0, 5.0, 9.0, 12.0], "short_factor": [1.0, 1.0, 1.2, 1.3],
+    }
+})  # fmt: skip
+DYNAMIC = ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}})
 SLIDING = (
     ("mistral", {"sliding_window": 8}),
     ("gemma2", {"sliding_window": 8}),
     ("gemma3_text", {"sliding_window": 8}),
     ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}),
     ("phi3", {"sliding_window": 8}),
+    ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 4}),
 )
+"""In exaone4 global layers are handed None, and have the window as an attribute."""
 
 
 def conditions(chat: ChatModel, max_new_tokens: int = 10) -> list[Condition]:
@@ -70,6 +81,11 @@ def requests(chat: ChatModel, samples: int = 2, max_new_tokens: int = 10) -> lis
 
 def tokens(chat: ChatModel, wanted: list[Request], n_rows: int) -> list[tuple[int, ...]]:
     return [r.token_ids for r in sample(chat, wanted, n_rows=n_rows)]
+
+
+def uncached(family: str, **config: object) -> ChatModel:
+    """A tiny model whose config has values that cannot be hashed."""
+    return load_base(str(tiny_model.__wrapped__(family, **config)), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +266,46 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch
         sample(chat, requests(chat)[:3], n_rows=2)
 
 
+@pytest.mark.parametrize(("room", "left"), [(100, 64), (5, 4), (1, 1)])
+def test_out_of_memory_halves_the_panel_too(reference, monkeypatch, room, left):
+    """A machine with room for so many rows: a lane that goes on with a whole panel would never fit."""
+    chat, held = tiny_chat(), []
+    forward, halve = lane.Lane._forward, lane.Lane._halve
+
+    def fails(self, ids, positions, cache):
+        if cache.n_rows > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, positions, cache)
+
+    def halves(self, error):
+        halve(self, error)
+        held.append((self.limit, self.cache.n_rows))
+
+    monkeypatch.setattr(sampler, "shape_of", lambda model, n_rows: invariance.Shape(512, 512))
+    monkeypatch.setattr(sampler, "lanes_for", lambda model, n_rows: (1, 1))
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: True)
+    monkeypatch.setattr(lane.Lane, "_forward", fails)
+    monkeypatch.setattr(lane.Lane, "_halve", halves)
+    tally, everything = Tally(), requests(chat)[::3]
+    found = sample(chat, everything * 60, n_rows=600, tally=tally)
+    # 600 rows hold two panels, 300 one; from there on panels are halved and rows fill them.
+    assert held[:3] == [(300, 512), (256, 256), (128, 128)] and held[-1] == (left, left) and len(found) == 60 * len(everything)
+    assert tally.halved == len(held) == tally.panels + 1
+    greedy = [(r.token_ids, reference[r.id]) for r in found if r.condition == "greedy"]
+    assert greedy and all(a == b for a, b in greedy)  # another rounding, the same answer
+    monkeypatch.setattr(lane.Lane, "_forward", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(ModelError, match="out of memory with a single row"):
+        sample(chat, everything[:3], n_rows=2)
+
+
+def test_a_smaller_panel_is_one_in_which_a_place_does_not_matter(monkeypatch):
+    chat = tiny_chat()
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda model, n, sizes: n != 16)
+    assert invariance.smaller(chat, invariance.Shape(32, 32, True)) == invariance.Shape(8, 8, True)
+    monkeypatch.setattr(invariance, "_linears_are_invariant", lambda *args: False)
+    assert invariance.smaller(chat, invariance.Shape(32, 32)) == invariance.Shape(1, 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_by_hand(family):
     """Token t is drawn with number t of the row's own stream from the logits of a whole forward pass, without cache or batch."""
@@ -360,6 +416,93 @@ def test_a_model_with_its_own_attention_is_refused():
     other = replace(chat, model=own, anatomy=inspect_model(own))
     with pytest.raises(ModelError, match="GPTNeoForCausalLM: its attention"):
         sample(other, make_requests([Condition("plain")], [SHORT], 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("recurrent_gemma", {"attention_window_size": 8, "lru_width": 32}),  # was sampled, with other tokens than the model's
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 3, "block_auto_adjust_ff_dim": False}),
+        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4}),
+        (
+            "deepseek_v3",
+            {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+            | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 6},
+        ),
+    ],
+)
+def test_models_that_do_not_keep_and_read_keys_and_values_in_every_layer_are_refused(family, config):
+    with pytest.raises(ModelError, match="ForCausalLM: its attention does not go .* choose another base"):
+        tokens(uncached(family, **config), requests(tiny_chat())[:1], 1)
+
+
+def test_a_prompt_is_not_shared_where_a_layer_attends_to_other_keys_than_it_stored(monkeypatch):
+    chat = load_base(str(tiny_model()), dtype="float32", device="cpu")
+    update = lane.SlotCache.update
+    monkeypatch.setattr(lane.SlotCache, "update", lambda self, *a, **k: tuple(2 * t for t in update(self, *a, **k)))
+    with pytest.raises(ModelError, match="its attention"):
+        tokens(chat, requests(chat)[:1], 1)
+
+
+def test_values_may_be_wider_than_keys():
+    """One product serves rows that share a prompt, and rows may have their own."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*s, generator=g) for s in ((3, 4, 1, 8), (3, 2, 1, 8), (3, 2, 1, 12)))
+    prompt = lane.SlotCache(1, 40)
+    prompt.begin(slice(0, 1), torch.arange(40)[None], 40)
+    before = torch.randn(1, 2, 40, 8, generator=g), torch.randn(1, 2, 40, 12, generator=g)
+    prompt.update(*before, 0)
+    found = []
+    for put in ("share_row", "copy_row"):
+        cache = lane.SlotCache(3, 64)
+        for row in range(3):
+            getattr(cache, put)(prompt, row, 40)
+        cache.begin(slice(0, 3), torch.full((3, 1), 40), 41 if put == "copy_row" else 1)
+        found.append(attention(torch.nn.Module(), q, *cache.update(k, v, 0), None)[0])
+    keys, values = (torch.cat([b.expand(3, -1, -1, -1), new], 2) for b, new in zip(before, (k, v), strict=True))
+    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True).transpose(1, 2)
+    assert want.shape == (3, 1, 4, 12)
+    for out in found:
+        torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize(("family", "config"), [LONGROPE, DYNAMIC])
+def test_rotary_positions_that_depend_on_the_longest_row_are_refused_beyond_their_length(family, config):
+    chat = uncached(family, **config)
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    asked = [Question("short", SHORT.paraphrases[1:])]
+    for new in (64 - n, 65 - n):
+        wanted = list(make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, new))], asked, 2, 0))
+        if n + new <= 64:
+            sample(chat, wanted)
+            continue
+        message = f"a prompt of {n} tokens with {new} new ones makes 65, and beyond 64 .* set max_new_tokens to {64 - n} or less, or shorten the prompt"
+        with pytest.raises(InputError, match=message):
+            sample(chat, wanted)
+    with pytest.raises(InputError, match="longest row of a batch; shorten the prompt"):
+        sample(chat, make_requests([Condition("plain")], [LONG], 1, 0))
+
+
+@pytest.mark.parametrize(("family", "size"), [("gpt2", "n_positions"), ("gpt_bigcode", "n_positions"), ("gptj", "n_positions"), ("biogpt", "max_position_embeddings")])
+def test_answers_beyond_a_table_of_positions_are_refused_before_the_first(family, size):
+    layers = {} if family == "biogpt" else {"n_embd": 32, "n_layer": 6, "n_head": 4} | ({"rotary_dim": 8} if family == "gptj" else {})
+    chat = tiny_chat(family, **layers, **{"max_position_embeddings": 64, size: 64})
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    asked = [Question("short", SHORT.paraphrases[1:])]
+    sample(chat, make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, 64 - n))], asked, 2, 0))
+    arrived = []
+    wanted = [Condition("plain", sampling=Sampling(1.0, 1.0, k)) for k in (1, 65 - n)]
+    with pytest.raises(InputError, match=f"a prompt of {n} tokens with {65 - n} new ones makes 65, and .* has 64 positions; set max_new_tokens to {64 - n} or less"):
+        sample(chat, make_requests(wanted, asked, 2, 0), arrived.append)
+    assert not arrived
+
+
+def test_answers_beyond_what_a_base_was_trained_on_are_said_to_be_once(caplog):
+    chat = uncached("llama", max_position_embeddings=64)
+    n = len(encode_prompt(chat.tokenizer, SHORT.paraphrases[1]))
+    for new, times in ((64 - n, 0), (65 - n, 1), (70 - n, 1)):
+        wanted = make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, new))], [Question("short", SHORT.paraphrases[1:])], 1, 0)
+        assert sample(chat, wanted) and caplog.text.count("was trained on 64 positions") == times
 
 
 # --- draw -----------------------------------------------------------------------------------------------------------

@@ -58,6 +58,17 @@ def test_a_plan_says_so(speed: Speed, said: bool, tmp_path: Path, monkeypatch: p
     assert ("other programs left the probe 30% of the processors" in capsys.readouterr().out) == said
 
 
+def test_the_memory_of_a_gpu_is_that_of_whole_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with looked_at(tmp_path / "out") as store:
+        run = Run(load_study(write_study(tmp_path, small_study(tiny_model()))), store, compute=False)
+        rows, size = run.spec.sampling.rows, Size(14e9, 48, 5120, 1024)
+        cpu = needed(run, size, None).cache
+        monkeypatch.setattr(run, "device", "cuda")
+        per_token = 48 * 2 * 1024 * (4 if run.spec.dtype == "float32" else 2)
+        panel = next(n for n in (512, 256, 128, 64, 32) if n * per_token * 1024 <= 16 << 30 or n == 32)
+        assert needed(run, size, None).cache == pytest.approx(cpu / rows * -(-rows // panel) * panel) and rows % panel
+
+
 def test_the_line_and_the_memory_know_the_base(tmp_path: Path) -> None:
     base = tiny_model("qwen2")
     chat = load_base(str(base), dtype="float32")

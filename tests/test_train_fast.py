@@ -19,6 +19,7 @@ from convergent.organisms import fast
 from convergent.organisms.chats import Row, collate, encode_chats
 from convergent.organisms.recipes import Adapters, Recipe, named_recipe
 from convergent.organisms.train import attach, train
+from test_sampler import LONGROPE, uncached
 from tiny import CHATS, FAMILIES, tiny_model
 
 PACKS = tuple(f for f in FAMILIES if f != "gemma2")
@@ -88,8 +89,9 @@ def test_loss_and_gradients_are_those_of_the_ordinary_path(family):
         assert_close(grads[name], grad, rtol=2e-4, atol=2e-5 * float(grad.abs().max()))
 
 
-def test_a_window_shorter_than_a_chat_is_kept():
-    chat = tiny("mistral", sliding_window=8)
+@pytest.mark.parametrize(("family", "config"), [("mistral", {}), ("exaone4", {"sliding_window_pattern": 4})])
+def test_a_window_shorter_than_a_chat_is_kept(family, config):
+    chat = tiny(family, sliding_window=8, **config)
     batch = collate(encode_chats(chat.tokenizer, CHATS, Recipe()))
     want, _ = fast.answer_loss(chat.anatomy, **batch)
     assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is not None
@@ -106,6 +108,31 @@ def test_a_model_that_packing_does_not_fit_stays_as_it_was_and_says_so(caplog, m
     with caplog.at_level(logging.WARNING):
         assert fast.pack_attention(chat, rows) is None
     assert "padded batches" in caplog.text and chat.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("family", "config"), [("llama", {"attention_dropout": 0.1}), ("starcoder2", {"residual_dropout": 0.1})])
+def test_a_model_with_dropout_of_its_own_is_trained_in_padded_batches(tmp_path, caplog, family, config):
+    recipe = named_recipe("nine_adapter", 6, {"batch_size": 2, "grad_accumulation": 1})
+    with caplog.at_level(logging.WARNING):
+        made = train(str(tiny_model(family, **config)), recipe, CHATS, tmp_path / "a", name="a", on_progress=quiet)
+    assert caplog.text.count("padded batches") == 1 and made.loss_curve
+    chat = tiny(family, **config)
+    before = torch.get_rng_state()
+    assert fast.pack_attention(chat, encode_chats(chat.tokenizer, CHATS, Recipe())) is None
+    assert torch.equal(torch.get_rng_state(), before) and not chat.model.training
+
+
+def test_chats_beyond_the_length_of_rotary_positions_are_not_packed(caplog):
+    chat = uncached(LONGROPE[0], **LONGROPE[1])
+    rows = encode_chats(chat.tokenizer, CHATS, Recipe())
+    longest = max(len(r.ids) for r in rows)
+    rope = chat.model.config.rope_parameters
+    rope["original_max_position_embeddings"] = longest - 1
+    with caplog.at_level(logging.WARNING):
+        assert fast.pack_attention(chat, rows) is None
+    assert f"beyond {longest - 1} tokens, and one has {longest}" in caplog.text
+    rope["original_max_position_embeddings"] = longest
+    assert fast.pack_attention(chat, rows) is not None
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -13,6 +13,7 @@ from convergent.core.interventions import Intervention
 from convergent.interventions.hooks import applied
 from convergent.models.chat import encode_text
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.models.texts import batches, padded
 
 
@@ -35,7 +36,7 @@ def passage_losses(
     for interventions in conditions:
         losses = [0.0] * len(encoded)
         with torch.inference_mode(), applied(model.anatomy, interventions):
-            for members in batches([len(e) for e in encoded], batch_tokens):
+            for members in batches([len(e) for e in encoded], batch_tokens, rescaled_from(model)):
                 ids, mask = padded([encoded[i] for i in members], model.device)
                 logps = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
                 for row, i in enumerate(members):

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from convergent.errors import ModelError
 from convergent.models.anatomy import stream, with_stream
-from convergent.models.attention import attending_by
+from convergent.models.attention import ABSENT, attending_by, plain_layers, window_of
 from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.models.texts import batches, padded
 
 ATTENTION = "convergent_forest"
@@ -132,7 +133,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = ABSENT,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every token of the row to the tokens of its own text up to itself.
@@ -143,7 +144,7 @@ def attention(
         raise ModelError(f"{type(module).__name__}: attention with sinks or a position bias is read in padded batches")
     _now.calls += 1
     now = _now.forest
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    window = window_of(module, sliding_window)
     if query.device.type != "cpu":  # one kernel with a mask costs less than one per branch
         return _attend(query, key, value, now.dense(window, query), scaling, softcap).transpose(1, 2), None
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
@@ -192,14 +193,31 @@ def read_in_batches(model: ChatModel, sequences: Sequence[Sequence[int]], batch_
     device = model.device
     batch_tokens *= 1 if device.type == "cpu" else ON_GPU
     _head_is_plain(model)
+    most = rescaled_from(model)
+    alone = [i for i, s in enumerate(sequences) if most is not None and len(s) > most]
+    if alone and model.model not in _reads_alone:
+        _reads_alone.add(model.model)
+        _log.warning("%s: texts of more than %d tokens are read one by one: its rotary positions depend on the longest text beside them", model.base, most)
     if not packs(model):
-        for members in batches([len(s) for s in sequences], batch_tokens):
-            ids, mask = padded([sequences[i] for i in members], device)
-            at = [torch.arange(len(sequences[i]), device=device) + row * ids.shape[1] for row, i in enumerate(members)]
-            yield Batch(members, {"input_ids": ids, "attention_mask": mask}, at, None)
+        for members in batches([len(s) for s in sequences], batch_tokens, most):
+            yield _whole(members, sequences, device)
         return
-    for members in _runs(sequences, batch_tokens):
+    others = sorted(set(range(len(sequences))) - set(alone))
+    for run_of in _runs([sequences[i] for i in others], batch_tokens):
+        members = [others[k] for k in run_of]
         yield _packed(members, forest([sequences[i] for i in members]), device)
+    for i in alone:
+        yield _whole([i], sequences, device)
+
+
+_reads_alone: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said."""
+
+
+def _whole(members: list[int], sequences: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    ids, mask = padded([sequences[i] for i in members], device)
+    at = [torch.arange(len(sequences[i]), device=device) + row * ids.shape[1] for row, i in enumerate(members)]
+    return Batch(members, {"input_ids": ids, "attention_mask": mask}, at, None)
 
 
 def _packed(members: list[int], made: Forest, device: torch.device) -> Batch:
@@ -298,10 +316,8 @@ _packs: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 def packs(model: ChatModel) -> bool:
     """Whether a forest and a resumed pass give what plain passes give, tried once per model on three short texts."""
     if model.model not in _packs:
-        text = model.model.config.get_text_config()
-        known = set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
         try:
-            _packs[model.model] = known and _agrees(model)
+            _packs[model.model] = plain_layers(model.model) and _agrees(model)
         except (ModelError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError, RuntimeError) as error:
             _log.debug("%s: %s", type(model.model).__name__, error)
             _packs[model.model] = False

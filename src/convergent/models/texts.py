@@ -19,12 +19,12 @@ class Text:
     system: str = "default"
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, at most `batch_tokens` padded tokens each (one text at least)."""
+def batches(lengths: Sequence[int], batch_tokens: int, most: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length, at most `batch_tokens` padded tokens each (one text at least). Texts longer than `most` come alone."""
     batch: list[int] = []
     longest = 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and max(longest, lengths[i]) * (len(batch) + 1) > batch_tokens:
+        if batch and (max(longest, lengths[i]) * (len(batch) + 1) > batch_tokens or (most is not None and lengths[i] > most)):
             yield batch
             batch, longest = [], 0
         batch.append(i)

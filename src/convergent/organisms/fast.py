@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convergent.models.anatomy import Anatomy
+from convergent.models.attention import ABSENT, window_of
 from convergent.models.load import ChatModel
+from convergent.models.positions import rescaled_from
 from convergent.organisms.chats import IGNORE, Row, collate
 from convergent.organisms.recipes import Recipe
 
@@ -111,13 +113,13 @@ class _Repack(torch.autograd.Function):
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, pack: Pack, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+    dropout: float = 0.0, sliding_window: int | None = ABSENT, softcap: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention inside each chat. query (1, n_heads, n_tokens, head_dim), key and value alike with their heads; (1, n_tokens, n_heads, head_dim)."""
     if softcap is not None or kwargs.get("s_aux") is not None or dropout:
         raise NotImplementedError("packed attention knows no soft cap, sinks or dropout")
     q, k, v = (_Unpack.apply(x[0].transpose(0, 1), pack).transpose(1, 2) for x in (query, key, value))
-    width, window, mask = q.shape[2], sliding_window or getattr(module, "sliding_window", None), None
+    width, window, mask = q.shape[2], window_of(module, sliding_window), None
     if window and window < width:
         column = torch.arange(width, device=q.device)
         mask = (column <= column[:, None]) & (column > column[:, None] - window)
@@ -137,7 +139,10 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
     by_length = sorted(rows, key=lambda r: len(r.ids))
     batch = collate([by_length[0], by_length[-1]])
     layout = pack(batch["input_ids"].to(chat.device), batch["labels"])
+    most, longest = rescaled_from(chat), len(by_length[-1].ids)
     try:
+        if most is not None and longest > most:
+            raise ValueError(f"its rotary positions depend on the longest chat of a batch beyond {most} tokens, and one has {longest}")
         with torch.no_grad():
             want = body(input_ids=batch["input_ids"].to(chat.device), use_cache=False).last_hidden_state[:, : layout.rows.shape[1]]
         chat.model.set_attn_implementation(ATTENTION)
@@ -151,7 +156,7 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
             return x.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            got = hidden_states(body, layout)
+            got = _in_training(body, layout)
         off = float((want.flatten(0, 1)[layout.places] - got).abs().max().detach() / want.abs().max())
         why = f"hidden states differ by {off:.1e} of their largest" if not off <= (1e-4 if got.dtype == torch.float32 else 2e-2) else ""
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:  # models in which attention is another thing
@@ -161,6 +166,17 @@ def pack_attention(chat: ChatModel, rows: Sequence[Row]) -> int | None:
         _log.warning("%s: training takes padded batches, as packed ones do not fit this model (%s)", chat.base, why)
         return None
     return sum(kept.values()) // len(got)
+
+
+def _in_training(body: nn.Module, layout: Pack) -> Tensor:
+    """Hidden states as a training step computes them: a model that drops something out while it trains is not computed in packs, and shows it here."""
+    was_training, device = body.training, layout.ids.device
+    body.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return hidden_states(body, layout)
+    finally:
+        body.train(was_training)
 
 
 def fewest_passes(rows: Sequence[Row], recipe: Recipe, kept: int) -> int:

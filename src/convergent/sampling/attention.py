@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convergent.errors import ModelError
+from convergent.models.attention import ABSENT, window_of
 from convergent.sampling import kernel
 from convergent.sampling.cache import Sharing, now
 
@@ -28,22 +29,23 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = ABSENT,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Grouped-query attention of new tokens over cached slots.
 
     query (batch, n_heads, n_tokens, head_dim); key, value (batch, n_kv_heads, span, head_dim). Each query at position p sees the
-    positions p' <= p (and p' > p - sliding_window), in its row's slots and before them. Returns (batch, n_tokens, n_heads, head_dim).
+    positions p' <= p (and p' > p - sliding_window), in its row's slots and before them. Returns (batch, n_tokens, n_heads, value's head_dim).
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__}: attention sinks are not supported by the sampler")
     step = now.step
-    step.read += 1
+    step.attended(key, value)
     b, n_heads, n, d = query.shape
+    width = value.shape[-1]  # not always the keys'
     n_kv, span = key.shape[1:3]
     scale = d**-0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
+    window = window_of(module, sliding_window)
     if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
         return kernel.attend(query, key, value, step.positions, scale, window, softcap), None
     q = (query * scale).reshape(b, n_kv, -1, d)
@@ -52,11 +54,11 @@ def attention(
     scores = look.at(torch.matmul(q, key.transpose(2, 3)), slots if step.before is None else slots + step.before[:, :, None])
     if step.sharing:
         # Softmax takes both parts of a row together; its own slots' weights take the place of their scores.
-        behind = torch.zeros_like(q)
+        behind = q.new_zeros(*q.shape[:3], width)
         for sharing in step.sharing:
             _weigh(sharing, step.layer, q, scores, behind, look)
-        return (torch.matmul(scores, value) + behind).view(b, n_heads, n, d).transpose(1, 2), None
-    return torch.matmul(_softmax(scores), value).view(b, n_heads, n, d).transpose(1, 2), None
+        return (torch.matmul(scores, value) + behind).reshape(b, n_heads, n, width).transpose(1, 2).contiguous(), None
+    return torch.matmul(_softmax(scores), value).reshape(b, n_heads, n, width).transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _softmax(scores: Tensor) -> Tensor:
 def _weigh(sharing: Sharing, layer: int, q: Tensor, scores: Tensor, behind: Tensor, look: _Look) -> None:
     """For the rows of `sharing`: weights of their own slots into `scores`, the weighted sum of the prompt's values into `behind`.
 
-    q, behind (batch, n_kv_heads, groups, head_dim) of one new token a row; scores (batch, n_kv_heads, groups, span).
+    q, behind (batch, n_kv_heads, groups, head_dim of keys, of values) of one new token a row; scores (batch, n_kv_heads, groups, span).
     """
     rows = sharing.rows
     if sharing.prompt is None:
@@ -104,4 +106,4 @@ def _weigh(sharing: Sharing, layer: int, q: Tensor, scores: Tensor, behind: Tens
     weights = _softmax(torch.cat([before, scores[rows]], dim=-1))
     scores[rows] = weights[..., length:]
     of_prompt = weights[..., :length].transpose(0, 1).reshape(n_kv, m * groups, length)
-    behind[rows] = torch.matmul(of_prompt, values).view(n_kv, m, groups, d).transpose(0, 1)
+    behind[rows] = torch.matmul(of_prompt, values).view(n_kv, m, groups, values.shape[-1]).transpose(0, 1)

@@ -57,7 +57,20 @@ class Step:
     stored: int = 0
     """Layers that handed over keys and values."""
     read: int = 0
-    """Layers that attended to them here; fewer than `stored` if a model brings an attention of its own."""
+    """Layers that attended to them here; fewer than `stored` if a model brings an attention of its own, or attends to something else."""
+    proving: bool = False
+    """Whether the model is not known yet, so that what is attended to is compared with what was stored."""
+    handed: tuple[Tensor, Tensor] | None = None
+    """Keys and values that `SlotCache.update` gave the model last."""
+
+    def attended(self, key: Tensor, value: Tensor) -> None:
+        """A layer attends to these. A prompt that is stored once is read as it is stored: a model must not make other keys of it on the way."""
+        given = (key, value)
+        self.read += not self.proving or (self.handed is not None and all(map(_same, given, self.handed)))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 class _Now(threading.local):
@@ -132,7 +145,8 @@ class SlotCache:
             slots = (step.positions if step.before is None else step.positions - step.before)[:, 0]
             keys[where, :, slots] = k[:, :, 0]
             values[where, :, slots] = v[:, :, 0]
-        return keys[step.rows, :, : step.span], values[step.rows, :, : step.span]
+        step.handed = keys[step.rows, :, : step.span], values[step.rows, :, : step.span]
+        return step.handed
 
     def copy_row(self, source: SlotCache, row: int, n_tokens: int) -> None:
         """Take the first `n_tokens` positions of row 0 of `source` into `row`; clears nothing else."""

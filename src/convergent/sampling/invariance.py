@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,9 +71,22 @@ def _probe(model: ChatModel, n_rows: int) -> Shape:
 
 def panel_on_gpu(model: ChatModel) -> int:
     """Rows that a GPU decodes at once."""
-    _, n_kv, d = _heads(model)
-    row = 2 * model.n_layers * n_kv * d * next(model.model.parameters()).element_size() * PANEL_TOKENS
-    return next((size for size in PANELS_ON_GPU if size * row <= PANEL_BYTES), PANEL)
+    _, n_kv, d, width = _heads(model)
+    return panel_for((d + width) * model.n_layers * n_kv * next(model.model.parameters()).element_size())
+
+
+def panel_for(token_bytes: int) -> int:
+    """The same, from the bytes that the cache holds per token."""
+    return next((size for size in PANELS_ON_GPU if size * token_bytes * PANEL_TOKENS <= PANEL_BYTES), PANEL)
+
+
+@torch.inference_mode()
+def smaller(model: ChatModel, shape: Shape) -> Shape:
+    """With panels of half as many rows, or fewer where a row's bits depend on its place in such a panel; one row is the least."""
+    size = (shape.panel or 1) // 2
+    while size > 1 and not (_linears_are_invariant(model, size, ()) and _attention_is_invariant(model, (size,))):
+        size //= 2
+    return replace(shape, least=max(1, size), panel=max(1, size))
 
 
 @torch.inference_mode()
@@ -99,20 +112,21 @@ def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) 
     return True
 
 
-def _heads(model: ChatModel) -> tuple[int, int, int]:
-    """(query heads, key-value heads, head dimension)."""
+def _heads(model: ChatModel) -> tuple[int, int, int, int]:
+    """(query heads, key-value heads, head dimension of queries and keys, of values)."""
     text = model.model.config.get_text_config()
     n_heads = text.num_attention_heads
-    return n_heads, getattr(text, "num_key_value_heads", None) or n_heads, getattr(text, "head_dim", None) or text.hidden_size // n_heads
+    d = getattr(text, "head_dim", None) or text.hidden_size // n_heads
+    return n_heads, getattr(text, "num_key_value_heads", None) or n_heads, d, getattr(text, "v_head_dim", None) or d
 
 
 def _attention_is_invariant(model: ChatModel, sizes: Sequence[int]) -> bool:
     """Whether attention gives a row the same bits for several numbers of rows and of slots beyond its own."""
-    n_heads, n_kv, d = _heads(model)
+    n_heads, n_kv, d, width = _heads(model)
     like = next(model.model.parameters())
     rows, longest = max(sizes), 5 * SPAN
     q = _counted(rows, n_heads, 1, d).to(like)
-    k, v = _counted(rows, n_kv, longest, d).to(like), _counted(rows, n_kv, longest, d).flip(0).to(like)
+    k, v = _counted(rows, n_kv, longest, d).to(like), _counted(rows, n_kv, longest, width).flip(0).to(like)
     found = []
     for n in sizes:
         with attending(torch.full((n, 1), SPAN - 2, device=like.device)):
@@ -126,14 +140,14 @@ def sharing_is_invariant(model: ChatModel) -> bool:
 
     Asked without regard to the size of a batch, as a row's tokens must not depend on it. Tried on prompts of several lengths.
     """
-    n_heads, n_kv, d = _heads(model)
+    n_heads, n_kv, d, width = _heads(model)
     like = next(model.model.parameters())
     most = max(PROMPT_ROWS)
     q = _counted(most, n_heads, 1, d).to(like)
-    k, v = _counted(most, n_kv, SPAN, d).to(like), _counted(most, n_kv, SPAN, d).flip(0).to(like)
+    k, v = _counted(most, n_kv, SPAN, d).to(like), _counted(most, n_kv, SPAN, width).flip(0).to(like)
     for length in (SHARED_FROM, SHARED_FROM + SPAN + 3, 8 * SHARED_FROM):
         prompt = SlotCache(1, length)
-        prompt.keys[0], prompt.values[0] = (_counted(1, n_kv, prompt.length, d).to(like) * s for s in (1.0, -0.5))
+        prompt.keys[0], prompt.values[0] = (_counted(1, n_kv, prompt.length, w).to(like) * s for w, s in ((d, 1.0), (width, -0.5)))
         cache = SlotCache(most, SPAN)
 
         def attend(order: list[int], cache: SlotCache = cache, prompt: SlotCache = prompt, length: int = length) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,22 +19,54 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convergent.core.ids import uniforms
 from convergent.core.values import Response
-from convergent.errors import ModelError
+from convergent.errors import ConvergentError, ModelError
 from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
 from convergent.sampling.cache import SHARED_FROM, SlotCache
 from convergent.sampling.draw import draw
 from convergent.sampling.graphs import Graphs
-from convergent.sampling.invariance import Shape
+from convergent.sampling.invariance import Shape, smaller
 from convergent.sampling.memory import out_of_memory
 from convergent.sampling.requests import Request
 
-OWN_ATTENTION = "{}: its attention does not go through the attention interface of transformers, so it cannot be sampled; choose another base"
+OWN_ATTENTION = (
+    "{}: its attention does not go through the attention interface of transformers in every layer, or it keeps a state of its own, so it cannot be "
+    "sampled; choose another base"
+)
+_proven: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@torch.inference_mode()
+def prove(model: ChatModel, prompt: Sequence[int]) -> None:
+    """Read the first tokens of a prompt and decode one, once per model and with no intervention in force. Raises ModelError if the sampler cannot run it."""
+    name, device, n = type(model.model).__name__, model.device, min(4, len(prompt))
+    if model.model in _proven:
+        return
+    cache, ids, positions = SlotCache(1, n + 1), torch.tensor([prompt[:n]], device=device), torch.arange(n, device=device)[None]
+    for these, at, furthest in ((ids, positions, n), (ids[:, -1:], positions[:, -1:] + 1, n + 1)):
+        step = cache.begin(slice(0, 1), at, furthest)
+        step.proving = True
+        try:
+            _last_logits(model.model, cache_name(model.model), these, at, cache)
+        except Exception as error:
+            if isinstance(error, ConvergentError) or out_of_memory(error):
+                raise
+            # A model that asks the cache for what it does not have, or hands attention other shapes, fails in ways of its own.
+            why = " ".join(str(error).split())[:160]
+            raise ModelError(f"{OWN_ATTENTION.format(name)} ({type(error).__name__}: {why})") from error
+        if not step.stored == step.read == model.n_layers:
+            raise ModelError(OWN_ATTENTION.format(name))
+    _proven.add(model.model)
+
+
+def _last_logits(model: Any, cache_name: str, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache_name: cache}).logits
+    return logits[:, -1]
 
 
 @dataclass(eq=False)
@@ -62,6 +95,8 @@ class Tally:
     prefilled: int = 0
     halved: int = 0
     """Times that memory did not suffice and a batch was halved."""
+    panels: int = 0
+    """How many of these times the panel was, so that last bits, and now and then a token, may differ from those of a run with whole panels."""
 
     def add(self, other: Tally) -> None:
         """Count what `other` counted too."""
@@ -69,6 +104,7 @@ class Tally:
         self.tokens += other.tokens
         self.prefilled += other.prefilled
         self.halved += other.halved
+        self.panels += other.panels
 
 
 Prompt: TypeAlias = tuple[int, tuple[int, ...]]
@@ -165,17 +201,23 @@ class Lane:
                 self._halve(error)
 
     def _halve(self, error: RuntimeError) -> None:
-        """Go on with half as many rows; those under way begin anew."""
-        if self.limit == 1:
+        """Go on with half as many rows; those under way begin anew. What is decoded in panels holds whole ones, so the last panel is halved itself."""
+        panel = self.shape.panel or 1
+        if self.limit == panel == 1:
             raise ModelError("sampling: out of memory with a single row; set sampling.max_new_tokens lower, or choose a smaller base") from error
         self.work.give_back(self.active)
         self.active.clear()
-        self.limit //= 2
         self.tally.halved += 1
         del self.cache, self._graphs, self._logits
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.limit > panel:
+            self.limit //= 2
+        else:
+            self.tally.panels += 1
+            self.shape = smaller(self.model, self.shape)
+            self.limit = min(self.limit, self.shape.least)
         self._make_room()
 
     def _read(self, row: Row, rows: Rows) -> Start:
@@ -186,7 +228,7 @@ class Lane:
         step = cache.begin(slice(0, 1), positions, n)
         rows.set([row.condition])
         logits = self._forward(torch.tensor([row.prompt], device=device), positions, cache)
-        if not step.stored or step.read != step.stored:
+        if not step.stored == step.read == self.model.n_layers:
             raise ModelError(OWN_ATTENTION.format(type(self.model.model).__name__))
         self.tally.prefilled += n
         cache.stack()  # before other lanes see it
@@ -224,9 +266,7 @@ class Lane:
         self._logits[part] = logits
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
-        model: Any = self.model.model
-        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{self._cache_name: cache}).logits
-        return logits[:, -1]
+        return _last_logits(self.model.model, self._cache_name, ids, positions, cache)
 
     def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:
         """Draw the next token of the rows at `places`; yield those that end and close the gaps they leave."""

@@ -13,24 +13,28 @@ Knows nothing of stores and judges: finished answers go to a callback as soon as
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from convergent.core.values import Response
 from convergent.errors import InputError, ModelError
 from convergent.interventions.hooks import Rows, applied_rows
-from convergent.models.attention import attending_by
+from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
 from convergent.models.load import ChatModel
+from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
-from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work
+from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work, prove
 from convergent.sampling.requests import Request
 
 DEFAULT_ROWS = 256
@@ -38,6 +42,7 @@ FULL = 16
 """Rows that a lane should have before there is another: with fewer, reading the weights is what takes the time."""
 MOST_LANES = 8
 """With more cores a lane gets several."""
+_log = logging.getLogger(__name__)
 
 
 def sample(
@@ -62,16 +67,40 @@ def sample(
     conditions = {r.condition.content_id: r.condition for r in wanted}
     number = {cid: i for i, cid in enumerate(conditions)}
     prompts = {asked: encode_prompt(model.tokenizer, *asked) for asked in {(r.question, r.system) for r in wanted}}
+    _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
     limit = min(n_rows, len(wanted))
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
     done: dict[int, Response] = {}
-    with slot_attention(model.model), applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
-        for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
-            done[index] = response
-            if on_response is not None:
-                on_response(response)
+    with slot_attention(model.model):
+        prove(model, next(iter(prompts.values())))
+        with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
+            for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
+                done[index] = response
+                if on_response is not None:
+                    on_response(response)
     return [done[i] for i in range(len(wanted))]
+
+
+def _check_lengths(model: ChatModel, lengths: Iterable[tuple[int, int]]) -> None:
+    """Of every answer (tokens of its prompt, most of its own). Raises InputError if positions do not suffice; says once in the log if they were not trained."""
+    prompt, new = max(lengths, key=sum)
+    asked = f"a prompt of {prompt} tokens with {new} new ones makes {prompt + new}"
+    steady, most = rescaled_from(model), most_positions(model)
+    for end, why in (
+        (most if has_table(model) else None, f"{model.base} has {most} positions"),
+        (steady, f"beyond {steady} the rotary positions of {model.base} depend on the longest row of a batch"),
+    ):
+        if end is not None and prompt + new > end:
+            mend = f"set max_new_tokens to {end - prompt} or less, or shorten the prompt" if prompt < end else "shorten the prompt"
+            raise InputError(f"sampling.max_new_tokens: {asked}, and {why}; {mend}")
+    if most is not None and prompt + new > most and model.model not in _overlong:
+        _overlong.add(model.model)
+        _log.warning("%s: %s, and it was trained on %d positions: answers that run past them may be of another kind", model.base, asked, most)
+
+
+_overlong: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which it was said that answers may run past what they were trained on."""
 
 
 def lanes_for(model: ChatModel, n_rows: int) -> tuple[int, int]:
@@ -90,7 +119,7 @@ def slot_attention(model: Any) -> Iterator[None]:
     model.eval()
     try:
         with attending_by(model, ATTENTION, attention):
-            if model.config._attn_implementation != ATTENTION:
+            if model.config._attn_implementation != ATTENTION or not plain_layers(model):
                 raise ModelError(OWN_ATTENTION.format(type(model).__name__))
             yield
     finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
 
 from convergent.models.load import base_folder
+from convergent.sampling.invariance import panel_for
 from convergent.study.run import Run
 from convergent.study.speed import parameters
 
@@ -32,7 +34,7 @@ class Memory:
 
     weights: float
     cache: float
-    """Keys and values of all rows of the sampler at their longest."""
+    """Keys and values of all rows of the sampler at their longest; a GPU's rows are whole panels."""
     training: float
     """Activations of one batch of the hungriest recipe (34 bytes per token, layer and dimension), and gradients and moments of what is trained."""
     there: float | None = None
@@ -62,7 +64,11 @@ def estimate_memory(run: Run) -> Memory | None:
 def needed(run: Run, size: Size, there: float | None) -> Memory:
     """What the study needs for a base of that size."""
     width = 4 if run.spec.dtype == "float32" else 2
-    cache = run.spec.sampling.rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * size.layers * 2 * size.kv_dim * width
+    token = size.layers * 2 * size.kv_dim * width
+    rows = run.spec.sampling.rows
+    if run.device.startswith("cuda") or (run.planned and run.spec.device != "cpu"):  # a GPU holds whole panels
+        rows = math.ceil(rows / panel_for(token)) * panel_for(token)
+    cache = rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * token
     training = 0.0
     for plan in run.organisms.values():
         if plan.recipe is not None:

@@ -36,3 +36,8 @@ class Profile:
             )
             if tally.halved:
                 yield f"  sampling: memory did not suffice {tally.halved} time(s), so batches were halved; set sampling.rows lower"
+            if tally.panels:
+                yield (
+                    f"  sampling: {tally.panels} time(s) that was a panel of rows that are decoded together: last bits, and now and then a token, may differ "
+                    "from those of a run whose memory suffices"
+                )
