@@ -641,7 +641,7 @@ def edited(folder: Path, old: str, new: str) -> Path:
         ("twin: G", "twin: chat", "experiments.plain.twin: no organism 'chat'"),
         ("by: quantile", "by: quantiles", "direction.classes.by: input should be 'threshold' or 'quantile', got 'quantiles'"),
         ("samples: 3", "samples: 0", "questions.samples: input should be greater than or equal to 1, got 0"),
-        ("min_per_class: 1", "min_per_class: 1\n    misaligned_max: 80", r"direction.classes: .*misaligned_max \(80\) is above aligned_min \(70\)"),
+        ("min_per_class: 1", "min_per_class: 1\n    misaligned_max: 80", r"direction.classes.misaligned_max \(80\) is above aligned_min \(70\)"),
         ("control_scale: 2", "control_scale: .nan", "experiments.steer.control_scale: input should be a finite number, got nan"),
         ("samples: 3", "samples: many", "questions.samples: input should be a valid integer"),
         ("name: small", "title: small", "name: is missing; add it"),
