@@ -67,13 +67,13 @@ def sample(
     conditions = {r.condition.content_id: r.condition for r in wanted}
     number = {cid: i for i, cid in enumerate(conditions)}
     prompts = {asked: encode_prompt(model.tokenizer, *asked) for asked in {(r.question, r.system) for r in wanted}}
-    _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
     limit = min(n_rows, len(wanted))
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
     done: dict[int, Response] = {}
     with slot_attention(model.model):
         prove(model, next(iter(prompts.values())))
+        _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
         with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
             for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
                 done[index] = response
