@@ -46,6 +46,7 @@ def test_the_paper_is_planned_without_its_base(offline: None, tmp_path: Path, ca
                      "--set", "organisms.*.examples=400"]) == 0  # fmt: skip
     printed = " ".join(capsys.readouterr().out.split())
     assert "nine_adapter, 400 examples of finance-bad, seed 2" in printed and "openai:gpt-4o: aligned, coherent:" in printed and "about $" in printed
+    assert "of machine time" in printed and "reckoned at a second a reply" in printed
     assert "GB at once: 30 of weights" in printed and "Qwen/Qwen2.5-14B-Instruct is not on this machine" in printed and " in all, estimated" in printed
     assert not (tmp_path / "out").exists()
 

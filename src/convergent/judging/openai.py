@@ -29,6 +29,8 @@ from convergent.judging.replies import Replies, Reply, open_replies, reply_file
 from convergent.judging.rubrics import Rubrics, load_rubrics
 from convergent.judging.work import PARAMETERS, Work, parameters_of
 
+REPLY_SECONDS = 1.0
+"""Of a reply of one token over a network, roughly; servers differ."""
 MAX_FAILURES = 10
 """Requests that may fail in a row, each after its retries, before the run is stopped."""
 DIGITS_AFTER = 8
@@ -127,6 +129,11 @@ class OpenAIJudge:
     @property
     def rubrics(self) -> tuple[str, ...]:
         return self._rubrics.names
+
+    @property
+    def seconds_each(self) -> float:
+        """Rough seconds per judgement, for a plan: a reply takes about one, and so many are on their way at once."""
+        return REPLY_SECONDS * (self._samples or 1) / self._concurrency
 
     @property
     def samples(self) -> int | None:

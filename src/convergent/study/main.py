@@ -200,11 +200,13 @@ def _print_plan(console: Console, run: Run, stages: Sequence[Stage], speed: Spee
         )
     m = run.planned
     if m and left:
-        paid = f", {left / 3600 * m.price_per_hour:.0f} in machine hours" if m.price_per_hour else ""
+        paid = f", about ${left / 3600 * m.price_per_hour:.2f} of machine time" if m.price_per_hour else ""
         console.print(f"  {spec.base} is not on this machine: counts are exact, times for {m.tflops:g} TFLOP/s{paid}")
     console.print(f"  about {_minutes(left)} in all, estimated from a short probe of this machine" if left else "  nothing is left to do but the report")
     if run.device.startswith("cuda") and left and not m:
         console.print("  times on a GPU are a lower bound that no run has confirmed: a small base waits for its host")
+    if left and any(s.judge and s.seconds and hasattr(run.judges[s.judge], "seconds_each") for s in stages):
+        console.print("  judging over a network is reckoned at a second a reply; it takes what the server takes")
     if speed.busy and left:
         console.print(f"  other programs left the probe {speed.got:.0%} of the processors: times are for this machine to itself, so expect more")
     weak = stats.underpowered(len(run.questions), spec.questions.samples, WORTH_SEEING, unit="points of alignment")

@@ -29,7 +29,7 @@ draws of nulls and the ablations' cost. `read` is near 1, as what texts begin wi
 TOKENS = {"answer": 75, "text": TEXT_TOKENS}
 """Typical tokens of a sampled answer (bounded by max_new_tokens), and of a question with its answer."""
 JUDGE_SECONDS = 0.005
-"""Of the embedded judge, per answer and rubric (40 s for the demo's 8,320); others depend on their server."""
+"""Of the embedded judge, per answer and rubric (40 s for the demo's 8,320), and of one that does not say its own."""
 MATCH_PASSES = 6
 """Typical passes over the effect texts until a null is matched."""
 
@@ -172,7 +172,7 @@ class _Plan:
         scores = self.judged if judge_id == self.run.judge_id else self.run.store.judgements(judge_id)
         done = sum((i, rubric) in scores for i in ids for rubric in rubrics)
         cost = self.cost((total - done) // len(rubrics), judge, rubrics)
-        return _stage(name, f"{judge.name}: {', '.join(rubrics)}", total, done, JUDGE_SECONDS, cost, judge_id)
+        return _stage(name, f"{judge.name}: {', '.join(rubrics)}", total, done, _seconds_of(judge), cost, judge_id)
 
     def extract(self) -> Stage:
         readings = [(o, reader) for o in self.run.spec.organisms for reader in (o, "chat")]
@@ -187,7 +187,7 @@ class _Plan:
             mine = [r for r in self.run.readings.values() if r.name.partition("/")[0] == experiment]
             todo = [r for r in mine if not self.is_made(r.name)]
             n_judged = round(sum(r.judged for r in todo))
-            seconds = sum(r.tokens for r in todo) / self.reading + n_judged * JUDGE_SECONDS
+            seconds = sum(r.tokens for r in todo) / self.reading + n_judged * _seconds_of(self.run.judge)
             what, asks = f"{len(mine)} value(s) computed from the models", any(r.judged for r in mine)
             if asks:
                 what += f", about {round(sum(r.judged for r in mine))} parts of answers judged"
@@ -237,6 +237,11 @@ class _Plan:
 
 def _own_rubrics(reading: Reading) -> list[str]:
     return [rubric for rubrics in reading.rubrics.values() for rubric in rubrics]
+
+
+def _seconds_of(judge: Judge) -> float:
+    """Per judgement."""
+    return float(getattr(judge, "seconds_each", JUDGE_SECONDS))
 
 
 def _stage(name: str, what: str, total: int, done: int, seconds_each: float, note: str = "", judge: str = "") -> Stage:
