@@ -206,7 +206,7 @@ def test_pushes_of_different_doses_have_none() -> None:
         ({"thresholds": [120]}, r"experiments\.adapter_steer\.thresholds: 120 is outside 0 to 100"),
         ({"doses": [0.0]}, r"experiments\.adapter_steer\.doses: 0 pushes nothing"),
         ({"doses": []}, r"experiments\.adapter_steer\.doses"),
-        ({"doses": [float("nan")]}, r"experiments\.adapter_steer\.doses: nan pushes nothing"),
+        ({"doses": [float("nan")]}, r"experiments\.adapter_steer\.doses.0: input should be a finite number"),
         ({"controls": ["random"]}, r"experiments\.adapter_steer\.controls"),
     ],
 )

@@ -49,7 +49,7 @@ def test_same_figures_after_kills(tmp_path: Path, n: int, name: str) -> None:
         for table in TABLES:
             assert rows(tmp_path / folder, table) == want[table], (folder, table)
         found = figures(tmp_path / folder)
-        assert found.keys() == tables.keys() and len(found) == 10
+        assert found.keys() == tables.keys() and len(found) == 12
         for csv, frame in tables.items():
             pd.testing.assert_frame_equal(found[csv], frame, check_exact=True, obj=f"{folder}/{csv}")
         with sqlite3.connect(tmp_path / folder / "study.sqlite") as db:
