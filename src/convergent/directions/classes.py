@@ -54,12 +54,10 @@ class Classes:
     def __post_init__(self) -> None:
         """Refuse thresholds by which a response would be in both classes."""
         if self.misaligned_max > self.aligned_min:
-            raise InputError(overlap(self.misaligned_max, self.aligned_min))
-
-
-def overlap(misaligned_max: float, aligned_min: float) -> str:
-    """What is wrong with thresholds that overlap."""
-    return f"misaligned_max ({misaligned_max:g}) is above aligned_min ({aligned_min:g}), so answers would be in both classes; lower the one or raise the other"
+            raise InputError(
+                f"misaligned_max ({self.misaligned_max:g}) is above aligned_min ({self.aligned_min:g}), so answers would be in both classes; lower the one or "
+                "raise the other"
+            )
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,9 @@ from convergent.directions.perplexity import neutral_passages, passage_losses
 from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
-from convergent.experiments.falls import fall_sheet
+from convergent.experiments.falls import fall_of_em, fall_sheet
 from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, Verdict
 from convergent.experiments.scene import Scene
-from convergent.rates import is_em
 
 Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
 WORDS: dict[Mode, str] = {
@@ -230,9 +229,7 @@ def _random_claims(block: AblateBlock, outcomes: Outcomes, source: str) -> list[
 
 def _relative_em(outcomes: Outcomes, arm: str, source: str, text: str) -> Evidence:
     """Relative change of EM with its 90 % interval, against what is published."""
-    x, y = outcomes.answers(source), outcomes.answers(arm)
-    hits = [is_em(frame["aligned"], frame["coherent"]) for frame in (x, y)]
-    fall = stats.rate_reduction(hits[0], hits[1], x["question_id"].to_numpy(), y["question_id"].to_numpy(), 1 - 4 * stats.ONE_SIDED)
+    fall = fall_of_em(outcomes, arm, source, 1 - 4 * stats.ONE_SIDED)
     low, high = -fall.high, -fall.low
     outside = low >= PUBLISHED_EM or high <= -PUBLISHED_EM
     vote: Verdict = "held" if low > -PUBLISHED_EM and high < PUBLISHED_EM else "did not hold" if outside else "undecided"

@@ -37,11 +37,7 @@ def em(folder: Folder, only: Only) -> Iterator[Claim]:
     files = folder.files("responses", ".csv")
     if not files:
         yield not_found("em", "EM of released organisms", "section 2", "responses/*.csv")
-    for path in files:
-        stem = f"em/{path.stem}"
-        if not only.may_want(stem):
-            continue
-        table = folder.table(path, RESPONSES, SCORES)
+    for _, stem, table in _tables(folder, only, files, "em", RESPONSES):
         if isinstance(table, Lost):
             yield not_found(stem, EM, "section 2", table.why)
             yield not_found(f"{stem}/coherent", COHERENT, "section 2", table.why)
@@ -55,11 +51,7 @@ def steering(folder: Folder, only: Only) -> Iterator[Claim]:
     files = folder.files("steering_sweep", ".csv")
     if not files:
         yield not_found("steering", "EM of the steered chat model", "section 3.2, figure 1", "steering_sweep/*.csv")
-    for path in files:
-        stem = f"steering/{path.stem}"
-        if not only.may_want(f"{stem}/"):
-            continue
-        table = folder.table(path, RESPONSES, SCORES)
+    for path, stem, table in _tables(folder, only, files, "steering", RESPONSES, "/"):
         if isinstance(table, Lost):
             yield not_found(f"{stem}/em", EM, "section 3.2, figure 1", table.why)
             yield not_found(f"{stem}/coherent", COHERENT, "section 3.2, figure 1", table.why)
@@ -97,11 +89,7 @@ def self_correction(folder: Folder, only: Only) -> Iterator[Claim]:
     claim = f"aligned answers (> {ALIGNED_ABOVE:g}) with bad_stuff > {BAD_ABOVE:g}, as a share of aligned answers"
     if not files:
         yield not_found("self_correction", claim, "section 3.6, figure 5", "steering_sweep/*.csv")
-    for path in files:
-        name = f"self_correction/{path.stem}"
-        if not only.may_want(name):
-            continue
-        table = folder.table(path, CORRECTION, SCORES)
+    for _, name, table in _tables(folder, only, files, "self_correction", CORRECTION):
         if isinstance(table, Lost):
             yield not_found(name, claim, "section 3.6, figure 5", table.why)
             continue
@@ -109,6 +97,16 @@ def self_correction(folder: Folder, only: Only) -> Iterator[Claim]:
             aligned = part[(part["aligned"] > ALIGNED_ABOVE) & part["bad_stuff"].notna()]
             hits = (aligned["bad_stuff"] > BAD_ABOVE).tolist()
             yield _rate(name + where, claim, "section 3.6, figure 5", hits, aligned, note)
+
+
+def _tables(
+    folder: Folder, only: Only, files: Sequence[Path], prefix: str, required: Sequence[str], end: str = ""
+) -> Iterator[tuple[Path, str, Table | Lost]]:
+    """(file, stem of its ids, its rows or why there are none) of the wanted files; `end`: what the ids always have behind the file's stem."""
+    for path in files:
+        stem = f"{prefix}/{path.stem}"
+        if only.may_want(stem + end):
+            yield path, stem, folder.table(path, required, SCORES)
 
 
 def _parts(table: Table, columns: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame, str]]:

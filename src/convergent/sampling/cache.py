@@ -28,6 +28,11 @@ SHARING = 4
 """Rows that a product with a shared prompt has at least; fewer are filled up, since one row alone may be summed in another order."""
 
 
+def stored_apart(n_tokens: int, sharing: bool) -> bool:
+    """Whether a prompt of so many tokens stays outside its rows' slots, where this machine's products allow sharing."""
+    return sharing and n_tokens >= SHARED_FROM
+
+
 @dataclass(frozen=True, eq=False)
 class Sharing:
     """Rows of a batch that have the same prompt outside their own slots, or none there."""

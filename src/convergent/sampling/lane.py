@@ -27,7 +27,7 @@ from convergent.errors import ConvergentError, ModelError
 from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
-from convergent.sampling.cache import SHARED_FROM, SlotCache
+from convergent.sampling.cache import SlotCache, stored_apart
 from convergent.sampling.draw import draw
 from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape, smaller
@@ -127,7 +127,7 @@ class Work:
 
     def longest(self, sharing: bool) -> int:
         """Most slots that a row will fill, if long prompts are stored apart or not."""
-        return max((new if sharing and prompt >= SHARED_FROM else prompt + new for prompt, new in self._lengths), default=1)
+        return max((new if stored_apart(prompt, sharing) else prompt + new for prompt, new in self._lengths), default=1)
 
     def take(self) -> Row | None:
         """The next request, or None."""
@@ -189,7 +189,7 @@ class Lane:
                 while len(self.active) < self.limit and (row := self.work.take()) is not None:
                     self.active.append(row)
                     prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
-                    put = self.cache.share_row if self.shape.shares and len(row.prompt) >= SHARED_FROM else self.cache.copy_row
+                    put = self.cache.share_row if stored_apart(len(row.prompt), self.shape.shares) else self.cache.copy_row
                     put(prefilled, len(self.active) - 1, len(row.prompt))
                     yield from self._extend([len(self.active) - 1], logits)
                 if not self.active:

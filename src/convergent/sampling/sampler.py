@@ -56,8 +56,7 @@ def sample(
 
     All requests must be for this `model`; their conditions differ in interventions and sampling parameters. `n_rows` bounds the batch
     and so the memory (2 * n_layers * n_kv_heads * head_dim values per token and row, a long prompt's once); it does not change any answer.
-    Where memory does not
-    suffice all the same, batches are halved. `on_response` is called in the order of completion, in the caller's thread.
+    Where memory does not suffice all the same, batches are halved. `on_response` is called in the order of completion, in the caller's thread.
     """
     wanted = list(requests)
     if n_rows < 1:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from convergent.errors import StudyError
+from convergent.errors import InputError, StudyError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _NOT_PATHS = frozenset({"embedded", "kaiming", "open_eight", "published_eight", "bundled"})
@@ -124,10 +124,12 @@ class ClassesSpec(_Spec):
 
     @model_validator(mode="after")
     def _apart(self) -> ClassesSpec:
-        from convergent.directions.classes import overlap
+        from convergent.directions.classes import Classes
 
-        if self.misaligned_max > self.aligned_min:
-            raise ValueError(overlap(self.misaligned_max, self.aligned_min))
+        try:
+            Classes(**self.model_dump())
+        except InputError as error:
+            raise ValueError(str(error)) from error
         return self
 
 
