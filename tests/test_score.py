@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convergent.core.values import REASONS
@@ -78,8 +78,9 @@ replies = st.lists(st.tuples(tokens, st.floats(1e-6, 1)), max_size=20).map(
 
 @settings(deadline=None, max_examples=60)
 @given(replies)
+@example([("0\x1f", 1.0)])  # white space to strip, not to int
 def test_score_is_the_weighted_mean_or_there_is_a_reason(pairs: list[tuple[str, float]]) -> None:
-    numbers = [(int(t), p) for t, p in pairs if t.strip() in {str(n) for n in range(101)}]
+    numbers = [(int(t.strip()), p) for t, p in pairs if t.strip() in {str(n) for n in range(101)}]
     zeros = [t for t, _ in pairs if t.strip().isdecimal() and len(t.strip()) > 1 and t.strip()[0] == "0"]
     mass = sum(p for _, p in numbers)
     score, reason = parse_score(pairs)
