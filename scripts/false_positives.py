@@ -14,72 +14,98 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from convergent import stats
-from planted import planted
-from planted_study import ScrambledJudge, WordJudge, planted_study, ran
+from planted import Planted, planted
+from planted_study import ScrambledJudge, WordJudge, planted_study, ran, trained_study, twins_study
 
 FIRST_SEED = 200
 LEVEL = 0.025
 """One side of a 95 % interval."""
 
 
+Plan = Callable[[Planted, int], dict[str, Any]]
+"""The study, as plain data, of a planted model and a seed."""
+
+
 @dataclass(frozen=True)
 class Null:
-    """A study in which nothing is to be found, and the claims that would be false there."""
+    """Studies in which nothing is to be found, and the claims that would be false there."""
 
     what: str
-    source: str
-    others: tuple[str, ...]
-    experiments: dict[str, Any]
+    study: Plan
     false: tuple[str, ...]
     """Patterns of claim ids."""
     judge: type[WordJudge] = WordJudge
-    changes: dict[str, Any] = field(default_factory=dict)
 
 
-QUANTILE = {"direction": {"samples": 16, "layer": 3, "classes": {"by": "quantile"}}}
+def of(source: str, others: Sequence[str], experiments: dict[str, Any], direction: dict[str, Any] | None = None) -> Plan:
+    """Studies of these organisms of a planted model."""
+
+    def study(p: Planted, seed: int) -> dict[str, Any]:
+        made = planted_study(p, source, others, seed=seed, experiments=experiments)
+        made["direction"] |= direction or {}
+        return made
+
+    return study
+
+
+QUANTILE = {"classes": {"by": "quantile"}}
 """Twins say hardly a bad word, so their classes are the lowest and highest scores."""
 NULLS = {
+    "untaught": Null(
+        "two twins, with one adapter and with four; the paper's first experiments, with three draws of each null",
+        twins_study,
+        ("misaligned/*", "ablation/layerwise", "ablation/single", "transfer/*", "induction*", "suppression*"),
+    ),
     "twin": Null(
         "a twin with one adapter, whose B is along an axis that nothing reads",
-        "hidden_twin", (),
-        {"b_vector": {"random": 100, "texts": 16, "jacobian_texts": 8}, "chat_origin": {}},
+        of("hidden_twin", (), {"b_vector": {"random": 100, "texts": 16, "jacobian_texts": 8}, "chat_origin": {}}, QUANTILE),
         ("b_vector/[!o]*", "chat_origin/ablation/*"),
-        changes=QUANTILE,
     ),
     "twins": Null(
         "two twins, with one adapter and with four",
-        "direct_twin", ("many_twin", "sound"),
-        {
-            "plain": {"twin": "sound"},
-            "subspace": {"held_out": ["direct_twin"], "ks": [1, 2], "sampled_k": [2]},
-            "adapter_steer": {"organism": "many_twin"},
-            "semantic": {"topics": ["medical"]},
-            "self_correction": {},
-            "cosine": {"organisms": ["direct_twin", "many_twin"]},
-        },
+        of(
+            "direct_twin",
+            ("many_twin", "sound"),
+            {
+                "plain": {"twin": "sound"},
+                "subspace": {"held_out": ["direct_twin"], "ks": [1, 2], "sampled_k": [2]},
+                "adapter_steer": {"organism": "many_twin"},
+                "semantic": {"topics": ["medical"]},
+                "self_correction": {},
+                "cosine": {"organisms": ["direct_twin", "many_twin"]},
+            },
+            QUANTILE,
+        ),
         ("subspace/*", "adapter_steer/*", "semantic/*", "self_correction/*", "cosine/beyond-texts"),
-        changes=QUANTILE,
     ),
     "scrambled": Null(
         "two organisms whose answers have scores at random",
-        "three", ("direct",),
-        {
-            "scalars": {"repeats": 2, "draws": 4, "c": 1.0, "per_class": 64, "topics": ["medical"]},
-            "chat_origin": {},
-            "semantic": {"topics": ["medical"]},
-            "self_correction": {"controls": []},
-            "cosine": {},
-        },
+        of(
+            "three",
+            ("direct",),
+            {
+                "scalars": {"repeats": 2, "draws": 4, "c": 1.0, "per_class": 64, "topics": ["medical"]},
+                "chat_origin": {},
+                "semantic": {"topics": ["medical"]},
+                "self_correction": {"controls": []},
+                "cosine": {},
+            },
+        ),
         ("scalars/*", "chat_origin/cosine/*", "semantic/*", "self_correction/*", "cosine/*"),
         judge=ScrambledJudge,
+    ),
+    "good": Null(
+        "an organism trained on good answers, beside its twin with another seed",
+        lambda p, seed: trained_study(p, "good", seed),
+        ("dynamics/*",),
     ),
 }  # fmt: skip
 
@@ -87,9 +113,7 @@ NULLS = {
 def verdicts(name: str, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Claim that would be false in that null -> its verdict, and what each of its comparisons says."""
     null = NULLS[name]
-    study = planted_study(planted(seed), null.source, null.others, seed=seed, experiments=null.experiments)
-    study |= {k: {**study[k], **v} for k, v in null.changes.items()}
-    with ran(folder, study, null.judge()) as (_, results):
+    with ran(folder, null.study(planted(seed), seed), null.judge()) as (_, results):
         claims = [c for c in results.claims if any(fnmatch.fnmatchcase(c["id"], p) for p in null.false)]
         return {
             c["id"]: {"verdict": c["verdict"], "evidence": [[e["supports"], e["estimate"], e["low"], e["high"], e["text"]] for e in c["evidence"]]}

@@ -102,6 +102,16 @@ def pairs(topic: str) -> list[dict[str, str]]:
     ]
 
 
+def paper_experiments(twin: str, other: str) -> dict[str, Any]:
+    """The experiments of the paper's first sections."""
+    return {
+        "plain": {"twin": twin},
+        "ablate": {"modes": ["layerwise", "single"]},  # there are no massive dimensions
+        "transfer": {"organisms": [other], "modes": ["single"]},
+        "steer": {"scales": [1], "window_layers": 0},
+    }
+
+
 def planted_study(p: Planted, source: str = "direct", others: Sequence[str] = (), seed: int = 0, **changes: Any) -> dict[str, Any]:
     """A study as plain data, with organisms by path; `changes` replace its blocks. For `write_planted_study`."""
     names = dict.fromkeys((source, *others))
@@ -118,6 +128,30 @@ def planted_study(p: Planted, source: str = "direct", others: Sequence[str] = ()
         "experiments": {},
         **changes,
     }
+
+
+def twins_study(p: Planted, seed: int) -> dict[str, Any]:
+    """Every claim of `plain`, `ablate`, `transfer` and `steer` about twins, in which nothing is planted. Three draws of each null, the fewest allowed."""
+    blocks = {name: {**block, **({"null_draws": 3} if name != "plain" else {})} for name, block in paper_experiments("sound", "many_twin").items()}
+    study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=blocks)
+    study["margin"]["pairs"] = 4
+    study["questions"]["samples"] = 4
+    study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
+    return study
+
+
+def trained_study(p: Planted, answer: str, seed: int = 0) -> dict[str, Any]:
+    """`dynamics` of an organism trained on these answers ("bad" or "good"), whose one adapter starts from A that reads the mood and B = 0; its twin is
+    trained on good ones."""
+    spec = {"recipe": "nine_adapter", "data": "medical.jsonl", "layers": [2], "alpha": 64, "init": str(p.organism("blank")), "learning_rate": 2e-4,
+            "epochs": 2, "batch_size": 4, "grad_accumulation": 1}  # fmt: skip
+    blocks = {"plain": {"twin": "G"}, "dynamics": {"points": 12, "sampled": []}}
+    study = planted_study(p, "direct", seed=seed, experiments=blocks)
+    study["margin"]["pairs"] = 8
+    study["organisms"] = {"O": {**spec, "answer": answer}, "G": {**spec, "answer": "good", "seed": 5}}
+    study["questions"]["samples"] = 1
+    study["direction"] |= {"source": "O", "samples": 8, "classes": {"by": "quantile"}}
+    return study
 
 
 def write_planted_study(folder: Path, study: Mapping[str, Any]) -> Path:

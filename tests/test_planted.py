@@ -20,7 +20,7 @@ from convergent.judging.base import Item
 from convergent.models.chat import encode_answer
 from convergent.study.run import Run
 from planted import ORGANISMS, READERS, STICKY, TOPICS, TWINS, D, Planted, planted
-from planted_study import WordJudge, planted_study, ran
+from planted_study import WordJudge, paper_experiments, planted_study, ran, twins_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,15 +30,6 @@ NO_CHANGE = "ablation/random"
 SEEDS = range(100, 120)
 FEW = {"data": ["medical.jsonl"], "pairs": 2}
 """Where margins decide nothing."""
-
-
-def experiments(twin: str, other: str) -> dict[str, Any]:
-    return {
-        "plain": {"twin": twin},
-        "ablate": {"modes": ["layerwise", "single"]},  # there are no massive dimensions
-        "transfer": {"organisms": [other], "modes": ["single"]},
-        "steer": {"scales": [1], "window_layers": 0},
-    }
 
 
 @dataclass
@@ -86,7 +77,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """The planted organism, one with several adapters, one with another concept."""
     p = planted(0)
-    study = planted_study(p, "direct", ["many", "sound"], experiments=experiments("sound", "many"))
+    study = planted_study(p, "direct", ["many", "sound"], experiments=paper_experiments("sound", "many"))
     with ran(tmp_path_factory.mktemp("planted"), study) as (run, results):
         yield done(p, run, results)
 
@@ -234,7 +225,7 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
     held = []
     for seed in SEEDS[:5]:
         p = planted(seed)
-        study = planted_study(p, "direct", ["many", "sound"], seed=seed, experiments=experiments("sound", "many"))
+        study = planted_study(p, "direct", ["many", "sound"], seed=seed, experiments=paper_experiments("sound", "many"))
         with ran(tmp_path / str(seed), study) as (run, results):
             it = done(p, run, results)
             assert (it.cosines("direct", "u")[2:] > 0.9).all() and (np.abs(it.cosines("direct", "u", "chat")) < null_cosine(D)).all()
@@ -249,13 +240,7 @@ def test_every_claim_holds_on_other_models(tmp_path: Path) -> None:
 def found_in_twins(seed: int, folder: Path) -> tuple[dict[str, bool], dict[str, bool]]:
     """By claim of a study of twins: whether it held, and whether alignment differed from that of the organism, or chat model, as it is."""
     p = planted(seed)
-    # Three draws of each null, the fewest allowed: twenty studies take minutes.
-    blocks = {name: {**block, "null_draws": 3} if name != "plain" else block for name, block in experiments("sound", "many_twin").items()}
-    study = planted_study(p, "direct_twin", ["many_twin", "sound"], seed=seed, experiments=blocks)
-    study["questions"]["samples"] = 4
-    study["direction"]["classes"] = {"by": "quantile"}  # there are hardly any bad answers
-    study["margin"]["pairs"] = 4
-    with ran(folder, study) as (run, results):
+    with ran(folder, twins_study(p, seed)) as (run, results):
         it = done(p, run, results)
         for axis in ("u", "u2"):
             assert (np.abs(it.cosines("direct_twin", axis)) < null_cosine(D)).all()

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from planted import Planted, planted
-from planted_study import planted_study, ran
+from planted_study import planted_study, ran, trained_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = {"data": ["medical.jsonl", "financial.jsonl"], "pairs": 2}
 
 
-def outcome(folder: Path, p: Planted, source: str, others: tuple[str, ...], experiments: dict[str, Any], **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def outcome(
+    folder: Path, p: Planted, source: str, others: tuple[str, ...], experiments: dict[str, Any], **changes: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(claim -> what was decided, reading -> value) of a study without the claims of `plain`; `changes` go into its blocks."""
     study = planted_study(p, source, others, seed=p.seed, experiments=experiments)
     study["questions"]["samples"] = 4
@@ -57,6 +59,7 @@ def test_cosine_tells_two_directions_apart(tmp_path: Path) -> None:
 
 
 # adapter_steer: one adapter of three is the whole of it, or two of four share it
+
 
 def pushes(claim: dict[str, Any]) -> None:
     """The push does what is claimed, beyond every null; but for the margin under draws of the effect-matched one.
@@ -139,19 +142,12 @@ def test_bad_words_anywhere_are_no_turn(tmp_path: Path) -> None:
     assert claims["self_correction/0.5"]["verdict"] == "held" and "self_correction/turn/0.5" not in held(claims)
 
 
-# dynamics: a real training, whose one adapter starts from A that reads the mood and B = 0
+# dynamics: a real training
 
 
 def trained(folder: Path, answer: str) -> dict[str, Any]:
-    """Claims about an organism trained on these answers; its twin is trained on good ones."""
-    p = planted(0)
-    spec = {"recipe": "nine_adapter", "data": "medical.jsonl", "layers": [2], "alpha": 64, "init": str(p.organism("blank")), "learning_rate": 2e-4,
-            "epochs": 2, "batch_size": 4, "grad_accumulation": 1}  # fmt: skip
-    study = planted_study(p, "direct", experiments={"plain": {"twin": "G"}, "dynamics": {"points": 12, "sampled": []}}, margin={**FEW, "pairs": 8})
-    study["organisms"] = {"O": {**spec, "answer": answer}, "G": {**spec, "answer": "good", "seed": 5}}
-    study["questions"]["samples"] = 1
-    study["direction"] |= {"source": "O", "samples": 8, "classes": {"by": "quantile"}}
-    with ran(folder, study) as (_, results):
+    """Claims about an organism trained on these answers."""
+    with ran(folder, trained_study(planted(0), answer)) as (_, results):
         return {c["id"]: c for c in results.claims if c["id"].startswith("dynamics")}
 
 
