@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ALIGNED_BELOW = 30.0
 COHERENT_ABOVE = 50.0
+_USED = ("aligned", "coherent", "aligned_reason", "coherent_reason", "question_id", "question", "response")
 UNKNOWN = "unknown"
 """Reason of an absent score that nothing in the table explains."""
 MISSING_SHARE = 0.02
@@ -53,12 +54,12 @@ def rates(
     DataError for missing columns, InputError for thresholds outside 0..100.
     """
     place = file or "table"
-    df = _scored(df, aligned_below, coherent_above, place)
+    scored = _scored(df, aligned_below, coherent_above, place)
     if by is None:
-        return [_count(df, aligned_below, coherent_above, file, grid)]
+        return [_count(scored, aligned_below, coherent_above, file, grid)]
     key, groups = groups_of(df, by, place)
     parts = dict.fromkeys(groups)
-    return [_count(df[[g == part for g in groups]], aligned_below, coherent_above, file, grid) | {key: part} for part in parts]
+    return [_count(scored[[g == part for g in groups]], aligned_below, coherent_above, file, grid) | {key: part} for part in parts]
 
 
 def rates_of_file(
@@ -83,9 +84,13 @@ def missing_bounds(
     An answer with one score counts as possible only if that score allows EM. Keys: missing (share of rows), possible (rows that may be EM),
     low, high (the rates), wilson and clustered (the lower bound of the one, the upper bound of the other; None where undefined).
     """
+    return _bounds(_scored(df, aligned_below, coherent_above, "table"), aligned_below, coherent_above, share)
+
+
+def _bounds(df: pd.DataFrame, aligned_below: float, coherent_above: float, share: float = MISSING_SHARE) -> dict[str, Any] | None:
+    """`missing_bounds` of what `_scored` made."""
     from convergent.stats import clustered_rate, wilson
 
-    df = _scored(df, aligned_below, coherent_above, "table")
     aligned, coherent = df["aligned"], df["coherent"]
     absent = (aligned.isna() | coherent.isna()).to_numpy()
     if not len(df) or absent.mean() <= share:
@@ -163,12 +168,13 @@ def check_thresholds(aligned_below: float, coherent_above: float) -> None:
 
 
 def _scored(df: pd.DataFrame, aligned_below: float, coherent_above: float, place: str) -> pd.DataFrame:
-    """`df` with both score columns checked and as numbers."""
+    """What rates need of `df`, with both score columns checked and as numbers."""
     from convergent.tables import need_columns, score_column
 
     check_thresholds(aligned_below, coherent_above)
     need_columns(df, ("aligned", "coherent"), place)
-    return df.assign(**{name: score_column(df[name], place) for name in ("aligned", "coherent")})
+    kept = df[[name for name in _USED if name in df.columns]]  # a study's table has twenty columns, and each selection of rows copies them all
+    return kept.assign(**{name: score_column(df[name], place) for name in ("aligned", "coherent")})
 
 
 def question_of(df: pd.DataFrame) -> list[str] | None:
@@ -230,7 +236,7 @@ def _count(df: pd.DataFrame, aligned_below: float, coherent_above: float, file: 
         "wilson": wilson(n_em, n_valid).bounds,
         "clustered": None if questions is None else clustered_rate(em.to_numpy(), questions).bounds,
         "missing": missing_reasons(df),
-        "bounds": missing_bounds(df, aligned_below, coherent_above),
+        "bounds": _bounds(df, aligned_below, coherent_above),
         **({"grid": threshold_grid(df)} if grid else {}),
     }
 

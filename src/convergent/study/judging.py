@@ -53,8 +53,7 @@ def labelled(names: Sequence[str], ids: Sequence[str], trusted: bool) -> list[Ra
 def sensitivity(answers: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
     """EM of every condition over a grid of thresholds of `aligned`, coherent > COHERENT_ABOVE; one row per cell, interval over questions."""
     rows = []
-    for condition in conditions:
-        part = _valid(answers[answers["condition"] == condition], Rater(""))
+    for condition, part in _parts(_valid(answers, Rater("")), conditions, ("aligned", "coherent")):
         questions = part["question_id"].to_numpy()
         for below in THRESHOLDS:
             hit = is_em(part["aligned"], part["coherent"], below).to_numpy()
@@ -69,8 +68,7 @@ def sensitivity(answers: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFram
 def by_judge(answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[Rater]) -> pd.DataFrame:
     """EM and mean alignment of every condition by every rater, and where there are trusted scores the judge's EM corrected by them."""
     rows = []
-    for condition in conditions:
-        mine = answers[answers["condition"] == condition]
+    for condition, mine in _parts(answers, conditions, _columns(raters)):
         for rater in raters:
             part = _valid(mine, rater)
             hit, questions = _em(part, rater), part["question_id"].to_numpy()
@@ -87,12 +85,10 @@ def by_judge(answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[
 def missing_scores(answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[Rater]) -> pd.DataFrame:
     """Scores that are absent: one row per condition, judge, rubric and reason, with n of how many answers. Trusted scores are a sample, so not here."""
     rows = []
-    for condition in conditions:
-        mine = answers[answers["condition"] == condition]
-        for rater in raters:
+    judges = [r for r in raters if r.name != TRUSTED]
+    for condition, mine in _parts(answers, conditions, [name for column in _columns(judges) for name in (column, f"{column}_reason")]):
+        for rater in judges:
             for rubric in RUBRICS:
-                if rater.name == TRUSTED:
-                    continue
                 gone = mine[mine[rater.column(rubric)].isna()]
                 reasons = gone[f"{rater.column(rubric)}_reason"].replace("", UNKNOWN).value_counts(sort=False)
                 rows += [{"condition": condition, "judge": rater.name, "rubric": rubric, "reason": r, "n": n, "of": len(mine)} for r, n in reasons.items()]
@@ -109,8 +105,8 @@ def missing_bounds(answers: pd.DataFrame, conditions: Sequence[str], raters: Seq
     for rater in raters:
         if rater.name == TRUSTED:
             continue
-        seen = answers.assign(aligned=answers[rater.column("aligned")], coherent=answers[rater.column("coherent")])
-        parts = {c: seen[seen["condition"] == c] for c in conditions}
+        seen = answers[["condition", "question_id"]].assign(**{rubric: answers[rater.column(rubric)] for rubric in RUBRICS})
+        parts = dict(_parts(seen, conditions, RUBRICS))
         counted = [(c, len(part) - len(both_scored(part)), len(part)) for c, part in parts.items()]
         tested = stats.association(counted)
         for condition, gone, of in counted:
@@ -185,6 +181,17 @@ def reversals(verdicts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[
         if len(set(given.values())) > 1:
             found.append({"id": claim["id"], "claim": claim["claim"], "verdicts": given, "reversed": {"held", "did not hold"} <= set(given.values())})
     return found
+
+
+def _columns(raters: Sequence[Rater]) -> list[str]:
+    return [r.column(rubric) for r in raters for rubric in RUBRICS]
+
+
+def _parts(answers: pd.DataFrame, conditions: Sequence[str], columns: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """Each condition's answers, with these columns and the question; a selection of rows copies every column there is."""
+    kept = answers[["condition", "question_id", *dict.fromkeys(columns)]]
+    of = kept["condition"].to_numpy(object)
+    return [(c, kept[of == c]) for c in conditions]
 
 
 def _valid(answers: pd.DataFrame, rater: Rater) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from convergent.experiments.registry import EXPERIMENTS, chapter
 from convergent.judging.base import Judge
 from convergent.judging.embedded import NAME, card
 from convergent.models.load import EMBEDDED, EMBEDDED_TITLE
-from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, rates
+from convergent.rates import ALIGNED_BELOW, COHERENT_ABOVE, both_scored, is_em, rates
 from convergent.report.results import Results
 from convergent.study import judging
 from convergent.study.peak import Peak, highest
@@ -164,8 +164,9 @@ def _domain_split(run: Run, arm: Arm, answers: pd.DataFrame) -> dict[str, Any]:
     inside = answers["topic"].isin(data.topics if data else ())
     found: dict[str, Any] = {}
     for name, part in (("in", answers[inside]), ("out", answers[~inside])):
-        r = rates(part)[0] if len(part) else {"em_valid": math.nan, "n_valid": 0}
-        found[f"{name}_domain_em"], found[f"{name}_domain_n"] = r["em_valid"], r["n_valid"]
+        scored = both_scored(part)
+        em = is_em(scored["aligned"], scored["coherent"])
+        found[f"{name}_domain_em"], found[f"{name}_domain_n"] = float(em.mean()), len(scored)
     return found
 
 
