@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from convergent import stats
+from convergent.errors import DirectionError
 from planted import Planted, planted
 from planted_study import ScrambledJudge, WordJudge, planted_study, ran, trained_study, twins_study
 
@@ -104,7 +105,7 @@ NULLS = {
     ),
     "good": Null(
         "an organism trained on good answers, beside its twin with another seed",
-        lambda p, seed: trained_study(p, "good", seed),
+        lambda p, seed: trained_study(p, "good", seed, samples=32),
         ("dynamics/*",),
     ),
 }  # fmt: skip
@@ -163,9 +164,14 @@ comparisons. "More than chance" stands where the exact (Clopper-Pearson) interva
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page of the docs."""
-    seeds = {n: len([r for r in rows if r["null"] == n]) for n in NULLS}
-    nulls = "\n".join(f"- *{n}* ({seeds[n]} seeds): {null.what}." for n, null in NULLS.items() if seeds[n])
-    return PAGE.format(n=len(rows), nulls=nulls, table=table(rows))
+    nulls = []
+    for name, null in NULLS.items():
+        mine = [r for r in rows if r["null"] == name]
+        refused = sum("refused" in r for r in mine)
+        more = f" In {refused} of them no direction can be read, so nothing is claimed." if refused else ""
+        if mine:
+            nulls.append(f"- *{name}* ({len(mine)} seeds): {null.what}.{more}")
+    return PAGE.format(n=len(rows), nulls="\n".join(nulls), table=table(rows))
 
 
 def main() -> None:
@@ -182,12 +188,17 @@ def main() -> None:
             if (name, seed) in done:
                 continue
             began = time.process_time()
+            row: dict[str, Any] = {"null": name, "seed": seed}
             with tempfile.TemporaryDirectory() as folder:
-                row = {"null": name, "seed": seed, "claims": verdicts(name, seed, Path(folder)), "cpu_seconds": round(time.process_time() - began, 1)}
+                try:
+                    row["claims"] = verdicts(name, seed, Path(folder))
+                except DirectionError as error:  # no direction can be read, so there is nothing to claim
+                    row |= {"claims": {}, "refused": str(error)}
+            row["cpu_seconds"] = round(time.process_time() - began, 1)
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             held = [c for c, v in row["claims"].items() if v["verdict"] == "held"]
-            print(f"seed {seed}, {name}: {row['cpu_seconds']} s, held: {', '.join(held) or 'none'}", flush=True)
+            print(f"seed {seed}, {name}: {row['cpu_seconds']} s, {row.get('refused') or 'held: ' + (', '.join(held) or 'none')}", flush=True)
     rows = kept(options.out)
     print(table(rows))
     if options.table is not None:
