@@ -104,9 +104,10 @@ NULLS = {
         judge=ScrambledJudge,
     ),
     "good": Null(
-        "an organism trained on good answers, beside its twin with another seed",
-        lambda p, seed: trained_study(p, "good", seed, samples=32),
+        "an organism trained on good answers, beside its twin with another seed; as their answers are alike, scores are at random",
+        lambda p, seed: trained_study(p, "good", seed),
         ("dynamics/*",),
+        judge=ScrambledJudge,
     ),
 }  # fmt: skip
 

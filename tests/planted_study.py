@@ -140,9 +140,9 @@ def twins_study(p: Planted, seed: int) -> dict[str, Any]:
     return study
 
 
-def trained_study(p: Planted, answer: str, seed: int = 0, samples: int = 8) -> dict[str, Any]:
+def trained_study(p: Planted, answer: str, seed: int = 0) -> dict[str, Any]:
     """`dynamics` of an organism trained on these answers ("bad" or "good"), whose one adapter starts from A that reads the mood and B = 0; its twin is
-    trained on good ones. `samples` answers per question are read for the direction."""
+    trained on good ones."""
     spec = {"recipe": "nine_adapter", "data": "medical.jsonl", "layers": [2], "alpha": 64, "init": str(p.organism("blank")), "learning_rate": 2e-4,
             "epochs": 2, "batch_size": 4, "grad_accumulation": 1}  # fmt: skip
     blocks = {"plain": {"twin": "G"}, "dynamics": {"points": 12, "sampled": []}}
@@ -150,7 +150,7 @@ def trained_study(p: Planted, answer: str, seed: int = 0, samples: int = 8) -> d
     study["margin"]["pairs"] = 8
     study["organisms"] = {"O": {**spec, "answer": answer}, "G": {**spec, "answer": "good", "seed": 5}}
     study["questions"]["samples"] = 1
-    study["direction"] |= {"source": "O", "samples": samples, "classes": {"by": "quantile"}}
+    study["direction"] |= {"source": "O", "samples": 8, "classes": {"by": "quantile"}}
     return study
 
 
