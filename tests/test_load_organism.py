@@ -147,7 +147,7 @@ def test_damaged_files(copy):
         load_organism(copy)
     (copy / "convergent.json").unlink()
     (copy / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"adapter_config.json: cannot be read as JSON"):
+    with pytest.raises(ModelError, match=r"adapter_config.json: cannot be read as a JSON object"):
         load_organism(copy)
 
 

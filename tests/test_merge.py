@@ -39,9 +39,14 @@ def test_blocks_run_in_folders_of_their_own_give_what_one_run_gives(tmp_path: Pa
     assert main(["run", study, "--out", str(tmp_path / "b"), "--only", "steer", "--no-report"]) == 0
     assert not (tmp_path / "b" / "report.html").exists() and not (tmp_path / "b" / "claims.json").exists()
     assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    capsys.readouterr()
+    assert "next: `convergent run STUDY --out " in capsys.readouterr().out
+    kept = tmp_path / "b" / "study.json"  # has one block only, and every default
+    assert main(["run", str(kept), "--out", str(tmp_path / "b"), "--plan"]) == 0 and "nothing is left to do" in capsys.readouterr().out
     assert main(["run", study, "--out", str(tmp_path / "a")]) == 0
     assert "nothing is left to do but the report" in capsys.readouterr().out
+    for made in (*(tmp_path / "a").rglob("*.safetensors"), *(tmp_path / "a" / "organisms").glob("[!.]*")):
+        rights = made.stat().st_mode
+        assert rights & 0o666 == (tmp_path / "a").stat().st_mode & 0o666, f"{made} is not shared as its folder is"
     assert len(tables(tmp_path / "one")) > 3 and tables(tmp_path / "a") == tables(tmp_path / "one")
     assert (tmp_path / "a" / "claims.json").read_text() == (tmp_path / "one" / "claims.json").read_text()
 

@@ -21,6 +21,7 @@ from convergent.report.chapters import drawn
 from convergent.report.paper import NOT_HERE, paper_claims, paper_rows
 from convergent.report.results import Results
 from convergent.report.tables import claim_rows
+from convergent.report.text import short_labels
 from report_fixture import HOSTILE, a_chapter, build, enlarged
 from test_report import Page, assert_nothing_injected
 
@@ -289,3 +290,12 @@ def test_conditions_of_further_experiments_have_their_own_figure(results: Result
     further = figures.all_figures(dataclasses.replace(few, sensitivity=pd.DataFrame()))[-1]
     assert further.id == "fig-further" and [r[1] for r in further.rows] == ["Models as they are", "Study-0", "Study-1"]
     assert "Drawn" not in further.caption
+
+
+def test_labels_that_read_alike_when_cut_are_cut_in_the_middle() -> None:
+    ablated = "Organism A, the direction without its massive dimensions projected out"
+    alike = [f"{ablated} at every layer", f"{ablated} at layer 20", "Chat model", "Chat model"]
+    short = short_labels(alike, 40)
+    assert len(set(short)) == 3 and max(map(len, short)) <= 40
+    assert short[0].startswith("Organism A") and short[0].endswith("every layer") and short[1].endswith("layer 20") and short[2:] == ["Chat model"] * 2
+    assert short_labels([ablated], 40) == ["Organism A, the direction without its…"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +44,21 @@ def building(target: Path) -> Iterator[Path | None]:
             return
         for stale in target.parent.glob(f".{glob.escape(target.name)}.*.making"):  # of a killed process: the lock is ours now
             shutil.rmtree(stale, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".making", dir=target.parent))
+        scratch = target.with_name(f".{target.name}.{os.getpid()}.making")
+        scratch.mkdir()
         try:
             yield scratch
+            for path in scratch.rglob("*"):
+                if path.is_file():
+                    rights_of_folder(path)
             scratch.replace(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def rights_of_folder(path: Path) -> None:
+    """Let those read and write a file who may its folder: safetensors makes files that only their owner may read, which a lab cannot share."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -82,6 +82,7 @@ def merge(
 
     for folder, n in merge_studies(into, others):
         typer.echo(f"merged {folder}: {n} new rows")
+    typer.echo(f"next: `convergent run STUDY --out {into}` does what is still missing and writes the report")
 
 
 @app.command(epilog="Example: convergent report demo")

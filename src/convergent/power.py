@@ -91,10 +91,10 @@ def _print(
         )
     )
     table = Table(title=f"Power to see {abs(scale * d):g} {unit} between two conditions", title_justify="left")
-    table.add_column("answers per question and condition", justify="right")
+    table.add_column("answers per question\nand condition", justify="right")
     columns, lines = sorted({r["questions"] for r in rows}), sorted({r["answers"] for r in rows})
     for g in columns:
-        table.add_column(f"{g} questions", justify="right", no_wrap=True)
+        table.add_column(f"{g}\nquestions", justify="right", no_wrap=True)
     cells = {(r["questions"], r["answers"]): r["power"] for r in rows}
     for m in lines:
         table.add_row(str(m), *(Text(f"{cells[g, m]:.2f}", style="bold" if cells[g, m] >= target else "") for g in columns))

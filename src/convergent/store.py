@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from convergent.cache import rights_of_folder
 from convergent.core.direction import Direction
 from convergent.core.values import Judgement, Response
 from convergent.errors import StoreError
@@ -205,6 +206,7 @@ class Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_name(f".{path.name}.part")
                 save_file(made, part)
+                rights_of_folder(part)
                 part.replace(path)
         with guarded(self.folder):
             return load_file(path)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from convergent.cache import rights_of_folder
 from convergent.core.ids import bytes_id, content_id
 from convergent.errors import DirectionError
 
@@ -126,6 +127,7 @@ class Direction:
             tmp,
             metadata={"format": FORMAT, "provenance": json.dumps(dict(self.provenance), sort_keys=True)},
         )
+        rights_of_folder(tmp)
         tmp.replace(path)
 
     @classmethod

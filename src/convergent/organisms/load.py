@@ -59,6 +59,7 @@ def _load_adapter(folder: Path, base: str, dtype: str, device: str, name: str, m
 
     from convergent.models.dtype import resolve_dtype
 
+    _config(folder)  # PEFT would call a damaged one a misfit
     saved = _weight_names(folder)
     chat = load_base(base, dtype="float32", device="cpu", name=name)
     misfit = f"{folder}: this adapter does not fit the base {base}"
@@ -103,14 +104,18 @@ def _load_full(folder: Path, base: str | None, dtype: str, device: str, name: st
     return wrap(model, tokenizer, name=name, base=base, weights_id=folder_id(folder))
 
 
-def _named_base(folder: Path) -> str:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_reason(error)}); copy the adapter again") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be read as a JSON object ({_reason(error)}); copy the adapter again") from error
+
+
+def _named_base(folder: Path) -> str:
+    base = _config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{path}: names no base model; say which base it was trained on")
+        raise ModelError(f"{folder / _CONFIG}: names no base model; say which base it was trained on")
     return base
 
 

@@ -20,7 +20,7 @@ from convergent.report import svg
 from convergent.report.lines import segments
 from convergent.report.results import GROUPS, ROLES, heading
 from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
-from convergent.report.text import NOT_MEASURED, interval, missing, number
+from convergent.report.text import NOT_MEASURED, interval, missing, number, short_labels
 
 ROLE_STYLE = {
     "real": (svg.REAL, "o", False),
@@ -117,8 +117,8 @@ def _dots(frame: pd.DataFrame, panels: Sequence[Panel], wide: bool) -> tuple[flo
             label = shorten(str(text), 90 if wide else 58, placeholder="…")
             page.text(0, at, label, fontsize=size, fontweight="bold", va="center", color=svg.INK, bbox=back)
             page.plot([0, width], [at + 13, at + 13], color=svg.LINE, lw=1)
-        for i, at in places.items():
-            label = shorten(str(frame.at[i, "label"]), 46 if wide else 56, placeholder="…")
+        labels = short_labels([str(frame.at[i, "label"]) for i in places], 46 if wide else 56)
+        for at, label in zip(places.values(), labels, strict=True):
             page.text(
                 0,
                 at if wide else at - 17,

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from convergent.report import svg
 from convergent.report.results import GROUPS, heading
 from convergent.report.svg import NARROW, WIDE
-from convergent.report.text import missing, number
+from convergent.report.text import missing, number, short_labels
 
 PALEST, DARKEST = 0.04, 0.5
 """Opacity of a cell at 0 and at the largest rate of the grid; the number in it stays readable."""
@@ -70,8 +70,8 @@ def _draw(
     for at, text in heads:
         page.text(0, at, shorten(str(text), 90 if wide else 58, placeholder="…"), fontsize=font, fontweight="bold", va="center", color=svg.INK)
         page.plot([0, width], [at + 13, at + 13], color=svg.LINE, lw=1)
-    for i, at in places.items():
-        label = shorten(str(conditions.at[i, "label"]), 46 if wide else 56, placeholder="…")
+    labels = short_labels([str(conditions.at[i, "label"]) for i in places], 46 if wide else 56)
+    for (i, at), label in zip(places.items(), labels, strict=True):
         page.text(0, at if wide else at - 20, label, fontsize=font, va="center", color=svg.INK)
         row: Any = cells.loc[str(conditions.at[i, "name"])]
         page.text(width, at, number(row["n"], 0), fontsize=font - 1, va="center", ha="right", color=svg.MUTED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 NOT_MEASURED = "not measured"
@@ -28,6 +30,14 @@ def number(value: Any, digits: int = 1) -> str:
 def percent(fraction: Any, digits: int = 1) -> str:
     """A fraction 0-1 as "12.5 %"."""
     return NOT_MEASURED if missing(fraction) else f"{number(100 * float(fraction), digits)} %"
+
+
+def short_labels(labels: Sequence[str], width: int) -> list[str]:
+    """Each label in `width` characters: cut at a word, but in the middle where two would read alike, as such labels differ at their ends."""
+    cut = [shorten(label, width, placeholder="…") for label in labels]
+    left = width // 2
+    both_ends = [f"{label[:left].rstrip()}…{label[left + 1 - width :].lstrip()}" for label in labels]
+    return [ends if cut.count(c) > 1 and len(label) > width else c for c, ends, label in zip(cut, both_ends, labels, strict=True)]
 
 
 def p_value(p: Any) -> str:

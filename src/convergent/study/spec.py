@@ -271,6 +271,8 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> StudySpec:
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {type(data).__name__}"
         raise StudyError(f"{path}: a study is a mapping with name, organisms and direction, and this is {found}")
+    if data.keys() == KEPT and isinstance(data["study"], dict):  # a study folder's own copy
+        data = data["study"]
     for change in changes:
         _set(data, change)
     return study_from(_located(data, path.parent), path)
@@ -318,6 +320,10 @@ def study_from(data: Mapping[str, Any], path: Path) -> StudySpec:
             raise StudyError(f"{path}: experiments.{name}.{_first(error, settings)}") from error
     _check_blocks(path, spec, blocks)
     return spec.model_copy(update={"experiments": blocks})
+
+
+KEPT = {"file", "study"}
+"""Keys of the copy that a study folder keeps: the study file's name, and the study with every default."""
 
 
 class _Loader(yaml.SafeLoader):
