@@ -632,3 +632,12 @@ def test_a_cache_goes_by_the_name_that_the_model_has(name, monkeypatch):
         warnings.simplefilter("error", FutureWarning)
         assert [r.token_ids for r in sample(chat, everything)] == expected
     assert called and all(called)
+
+
+def test_a_question_may_be_its_text() -> None:
+    import convergent as cv
+
+    chat, few = tiny_chat(), Sampling(max_new_tokens=4)
+    asked = [Question(SHORT.paraphrases[0], SHORT.paraphrases[:1])]
+    by_text = cv.answer(chat, [SHORT.paraphrases[0]], samples=2, sampling=few)
+    assert [r.token_ids for r in by_text] == [r.token_ids for r in cv.answer(chat, asked, samples=2, sampling=few)] and len(by_text) == 2

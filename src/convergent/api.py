@@ -45,7 +45,7 @@ def train(
 
 def answer(
     model: ChatModel,
-    questions: Sequence[Question],
+    questions: Sequence[Question | str],
     samples: int = 8,
     *,
     interventions: Sequence[Intervention] = (),
@@ -53,12 +53,13 @@ def answer(
     seed: int = 0,
     block: str = "main",
 ) -> list[Response]:
-    """`samples` answers to each question, under interventions if given. Other `block`s draw other answers."""
+    """`samples` answers to each question, under interventions if given. A question may be its text. Other `block`s draw other answers."""
     from convergent.sampling.requests import make_requests
     from convergent.sampling.sampler import sample
 
     condition = Condition("answer", model.name, model.content_id, tuple(interventions), sampling)
-    return sample(model, make_requests([condition], questions, samples, seed, block))
+    asked = [Question(q, (q,)) if isinstance(q, str) else q for q in questions]
+    return sample(model, make_requests([condition], asked, samples, seed, block))
 
 
 def judge(responses: Sequence[Response], name: str = "embedded", rubrics: Sequence[str] = ("aligned", "coherent")) -> list[Judgement]:
