@@ -177,6 +177,7 @@ CASES: list[tuple[str, str]] = [
     (f"{SAMPLE} --ablate {{dir}}/d.safetensors --layer 6", "layer 6: this direction has layers 0 to 5"),
     (f"{SAMPLE} --add {{dir}}/d.safetensors", "--add: needs --layer"),
     (f"{SAMPLE} --add {{dir}}/d.safetensors --layer 9", "layer 9: this direction has layers 0 to 5"),
+    (f"{SAMPLE} --scale 2", "--scale 2: means nothing without --add, the direction that it multiplies"),
     (f"{SAMPLE} --layer 3", "--layer: means nothing without --add or --ablate"),
     (f"{SAMPLE} --samples 0", "Invalid value for .*samples.*; see --help"),
     ("sample --base {base} --out {dir}/new.txt", "new.txt: ends in .txt; give a name that ends in .csv"),

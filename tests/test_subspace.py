@@ -209,6 +209,18 @@ def test_a_second_run_reads_nothing_again(finished, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in (out / "directions").iterdir()} == kept
 
 
+def test_settings_that_name_nothing_are_named(tmp_path):
+    study = small_study(tiny_model())
+    study["organisms"] = {"A": study["organisms"]["A"]}
+    for block, message in (
+        ({"subspace": {"ks": [1, 0]}}, r"experiments\.subspace\.ks\.1: 0 dimensions are no subspace; give whole numbers from 1"),
+        ({"plain": {"twin": "g"}}, r"experiments\.plain\.twin: no organism 'g'; there is none that could be named here"),
+    ):
+        study["experiments"] = {"plain": {}, **block}
+        with pytest.raises(StudyError, match=message):
+            run_study(write_study(tmp_path, study), tmp_path / "out")
+
+
 def test_a_study_that_cannot_have_it_is_refused_before_anything_is_written(tmp_path):
     study = small_study(tiny_model())
     study["organisms"] = {o: study["organisms"][o] for o in "AG"}

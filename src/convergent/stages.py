@@ -72,6 +72,8 @@ def _interventions(
 
     if layer is not None and add is None and ablate is None:
         raise InputError("--layer: means nothing without --add or --ablate")
+    if scale != 1.0 and add is None:
+        raise InputError(f"--scale {scale:g}: means nothing without --add, the direction that it multiplies")
     found: list[Intervention] = []
     if ablate is not None:
         found.append(Ablate(Direction.load(ablate), site=site, vector_layer=None if add is not None else layer))  # type: ignore[arg-type]

@@ -54,8 +54,9 @@ class SubspaceBlock(Block):
     @field_validator("ks", "control_ks", "sampled_k")
     @classmethod
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(k < 1 for k in value):
-            raise ValueError("a subspace has 1 dimension or more")
+        wrong = next((i for i, k in enumerate(value) if k < 1), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong}: {value[wrong]} dimensions are no subspace; give whole numbers from 1")
         return tuple(sorted(set(value)))
 
     def null_ks(self, most: int) -> tuple[int, ...]:

@@ -414,5 +414,7 @@ def _keys_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
+    if not known:
+        return "; there is none that could be named here"
     near = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(known)}"
