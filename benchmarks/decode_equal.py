@@ -7,7 +7,7 @@ claim is about the whole call, and a row beside it takes a run of one new token 
 from __future__ import annotations
 
 from common import OURS, Sides, arguments, finish, row, started
-from decoding import QUESTION, VARIANTS, attention, endless, generate, ours, per_token, prompts
+from decoding import CEILING, LINE, QUESTION, VARIANTS, attention, endless, generate, line, ours, per_token, prompts
 
 from convergent.models.load import load_base
 
@@ -49,13 +49,15 @@ def main() -> None:
         alone.figures[name].append(1 / per_token(short, long))
         return speed(long)
 
-    measured = Sides({name: lambda n=name: measure(n) for name in runs}).measure(options.repeats)
+    sides = {name: lambda n=name: measure(n) for name in runs}
+    measured = Sides(sides | {LINE: lambda: line(model, options.rows)}).measure(options.repeats)
     measured.failed |= trial.failed
     settings = {"rows": options.rows, "tokens": tokens, "dtype": options.dtype, "tried": trial.figures}
     rows = {
         "decode_equal": row(measured.ratios(OURS, best), 2.2, f"transformers {best}", "reading the prompt included: `generate` reads it for every row, ours once"),
         "decode_equal_without_prompts": row(alone.ratios(OURS, best), None, f"transformers {best}", "decode alone: both sides' time less that of a run with one new token"),
     }
+    rows["decode_equal_ceiling"] = row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING)
     finish(options, "decode_equal", rows, measured, "tokens/s", settings=settings, without_prompts=alone.figures)
 
 

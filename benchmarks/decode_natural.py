@@ -7,7 +7,7 @@ tokens up to the stop per second; answers per second stand beside it.
 from __future__ import annotations
 
 from common import OURS, Sides, arguments, finish, row, started
-from decoding import VARIANTS, attention, generate, ours, prompts
+from decoding import CEILING, LINE, VARIANTS, attention, generate, line, ours, prompts
 
 from convergent.data.questions import load_questions
 from convergent.models.load import load_base
@@ -53,12 +53,13 @@ def main() -> None:
     if best is None:
         raise SystemExit(f"decode_natural: every batch of generate failed: {trial.failed}")
     answers_per_second.clear()
-    measured = Sides({OURS: ours_speed, best: peers[best]}).measure(options.repeats)
+    measured = Sides({OURS: ours_speed, best: peers[best], LINE: lambda: line(model, options.rows)}).measure(options.repeats)
     by_answer = [a / b for a, b in zip(answers_per_second[OURS], answers_per_second.get(best, []), strict=False)]
     rows = {
         "decode_natural": row(measured.ratios(OURS, best), 3.0, f"transformers {best}", f"tokens up to the stop per second; {READING}"),
         "decode_natural_answers": row(by_answer, None, f"transformers {best}", f"answers per second; {READING}"),
     }
+    rows["decode_natural_ceiling"] = row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING)
     settings = {"answers": len(asked), "tokens": tokens, "rows": options.rows, "variant": options.variant, "tried": trial.figures}
     finish(options, "decode_natural", rows, measured, "tokens/s", settings=settings)
 

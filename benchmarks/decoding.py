@@ -123,6 +123,10 @@ def line(model: ChatModel, rows: int, passes: int = 3) -> float:
     return rows / best
 
 
+LINE = "linear layers alone"
+CEILING = "what the linear layers alone would reach there: no sampler in float32 passes it on this machine"
+
+
 def peak(model: ChatModel, size: int = 2048) -> float:
     """Tokens per second at the rate of a large square matrix product: the floating-point line, which no shape of this model can pass."""
     weight = next(m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from child import Child
 from common import Sides, arguments, finish, row, started
-from decoding import NO_BF16, endless, has_bf16, one_wording, ours
+from decoding import CEILING, LINE, NO_BF16, endless, has_bf16, line, one_wording, ours
 
 from convergent.models.chat import encode_prompt
 from convergent.models.load import embedded_gguf, load_base
@@ -42,6 +42,8 @@ def main() -> None:
 
             sides[f"{dtype}, {readers}"] = speed
 
+        sides[f"{LINE}, {readers}"] = lambda readers=readers: line(models["float32"], readers)
+
         def peer(readers=readers, asked=asked):  # type: ignore[no-untyped-def]
             answer = children[readers].ask({"prompts": asked, "tokens": tokens})
             if answer["tokens"] != [tokens] * readers:
@@ -70,6 +72,7 @@ def main() -> None:
         best = measured.best([f"{dtype}, {readers}" for dtype in dtypes])
         note = f"ours in {best}" if "bfloat16" in dtypes else f"ours in float32; {NO_BF16}"
         rows[f"readers_{readers}"] = row(measured.ratios(best or "", f"{LLAMA}, {readers}"), target, f"{LLAMA}, slots: {readers}", measured.failed.get(f"{LLAMA}, {readers}", note))
+        rows[f"readers_{readers}_ceiling"] = row(measured.ratios(f"{LINE}, {readers}", f"{LLAMA}, {readers}"), None, f"{LLAMA}, slots: {readers}", CEILING)
     versions = next((c.versions for c in children.values()), {"xllamacpp": "not installed"})
     finish(options, "readers", rows, measured, "tokens/s", versions=versions, settings={"tokens": tokens, "gguf": embedded_gguf().name})
 
