@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sqlite3
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +38,22 @@ def scripts_page() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_seconds_of_a_stage_inside_another_count_once(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as store:
+        run = Run(load_study(write_study(tmp_path, small_study(tiny_model()))), store)
+        began = time.perf_counter()
+        with run.timed("reading"):
+            for _ in range(2):
+                with run.timed("extract"), run.timed("judge"):
+                    time.sleep(0.05)
+            with suppress(ValueError), run.timed("failed"):
+                time.sleep(0.05)
+                raise ValueError
+        whole, kept = time.perf_counter() - began, store.seconds()
+        assert set(kept) == {"reading", "extract", "judge"} and kept["judge"] >= 0.1
+        assert sum(kept.values()) <= whole - 0.05, "each second once, and none of what failed"
 
 
 @counted_anew

@@ -56,6 +56,8 @@ class Models(Setup):
         self.advance = advance
         self.peaks: dict[str, Peak] = {}
         """Stage -> peak of memory in this run; the store keeps that of all runs."""
+        self._inside = 0.0
+        """Seconds so far of stages inside the one that runs."""
         self._models: dict[str, ChatModel] = {}
         self._effects: Effects | None = None
 
@@ -190,15 +192,23 @@ class Models(Setup):
         return found
 
     def timed(self, stage: str) -> AbstractContextManager[Any]:
-        """Count the body's time and peak of memory for a stage; every piece is kept as it ends, so that a killed run's counts too."""
+        """Count the body's time and peak of memory for a stage; every piece is kept as it ends, so that a killed run's counts too.
+
+        Time is the stage's own: that of a stage inside it (what a reading extracts, or has judged) counts there alone. Memory is what both hold.
+        """
         return self._timed(stage) if self.compute else nullcontext()
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with Watch() as watch:
-            yield
-        self.store.add_seconds(stage, time.perf_counter() - start)
+        start, outer = time.perf_counter(), self._inside
+        self._inside = 0.0
+        try:
+            with Watch() as watch:
+                yield
+        finally:
+            inner, seconds = self._inside, time.perf_counter() - start
+            self._inside = outer + seconds
+        self.store.add_seconds(stage, seconds - inner)
         if str(watch.peak):
             self.store.add_memory(stage, watch.peak.resident, watch.peak.device, watch.peak.so_far)
             self.peaks[stage] = self.peaks.get(stage, Peak()) | watch.peak

@@ -18,7 +18,7 @@ class Profile:
         self.start = time.perf_counter()
 
     def lines(self) -> Iterator[str]:
-        """A table as lines of text. Readings are under their experiment's name; what they judge counts for both."""
+        """A table as lines of text. Readings are under their experiment's name, without what they extract or have judged, which counts there."""
         whole = time.perf_counter() - self.start
         spent = {s: t - self.before.get(s, 0.0) for s, t in self.run.store.seconds().items()}
         spent = {s: t for s, t in sorted(spent.items(), key=lambda x: -x[1]) if t > 0}
