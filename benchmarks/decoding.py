@@ -124,7 +124,7 @@ def line(model: ChatModel, rows: int, passes: int = 3) -> float:
 
 
 LINE = "linear layers alone"
-CEILING = "what the linear layers alone would reach there: no sampler in float32 passes it on this machine"
+CEILING = "what the linear layers alone would reach there: no float32 sampler on torch's products passes it on this machine"
 
 
 def peak(model: ChatModel, size: int = 2048) -> float:
