@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 
+from convergent.report.text import markdown_cell
 from convergent.store import looked_at
 from convergent.study.peak import Peak
 
@@ -62,7 +63,8 @@ def table(claims: list[dict[str, Any]]) -> list[str]:
     for c in claims:
         votes = [e["supports"] for e in c["evidence"] if e.get("decides", True)]
         counts = ", ".join(str(votes.count(v)) for v in ("held", "did not hold", "undecided"))
-        rows.append(f"| {c['claim']} | **{c['verdict']}** | {shown(c['evidence'][0]) if votes else ''} | {counts} |")
+        first = shown(c["evidence"][0]) if votes else ""
+        rows.append(f"| {markdown_cell(c['claim'])} | **{c['verdict']}** | {markdown_cell(first)} | {counts} |")
     return rows
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from convergent.replicate.claims import NOT_FOUND
 from convergent.replicate.table import figure
+from convergent.report.text import markdown_cell
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "replicate.md"
@@ -46,7 +47,7 @@ def main(data: str, repeats: int) -> None:
         "em": rows([c for c in found if c["id"].startswith("em/") and c["id"].count("/") == 1], note=False),
         "probe": probe(found),
         "baseline": baseline(found),
-        "lost": "\n".join(f"| `{c['id']}` | {figure(c['published'])} | {c['source']} | {cell(c['note'].removeprefix(NOT_FOUND))} |" for c in claims if c["recomputed"] is None),
+        "lost": "\n".join(f"| `{c['id']}` | {figure(c['published'])} | {c['source']} | {markdown_cell(c['note'].removeprefix(NOT_FOUND))} |" for c in claims if c["recomputed"] is None),
     }
     text = TEXT.read_text(encoding="utf-8")
     for name, value in parts.items():
@@ -55,16 +56,12 @@ def main(data: str, repeats: int) -> None:
     print(f"wrote {PAGE.relative_to(ROOT)}: {cost}")
 
 
-def cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
 def rows(claims: list[dict[str, Any]], note: bool) -> str:
     """Markdown rows: id, published, recomputed, n, interval, and verdict with the first parts of the note."""
     lines = []
     for c in claims:
         interval = "-" if c["interval"] is None else f"{c['interval'][0]:.3f} to {c['interval'][1]:.3f}"
-        last = f" {c['verdict']} | {cell('; '.join(c['note'].split('; ')[:2]))} |" if note else f" {over_questions(c['note'])} |"
+        last = f" {c['verdict']} | {markdown_cell('; '.join(c['note'].split('; ')[:2]))} |" if note else f" {over_questions(c['note'])} |"
         lines.append(f"| `{c['id']}` | {figure(c['published'])} | {figure(c['recomputed'])} | {c['n']:,} | {interval} |{last}")
     return "\n".join(lines)
 

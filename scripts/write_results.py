@@ -15,6 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from convergent.report.text import markdown_cell
+
 ROOT = Path(__file__).parent.parent
 COLUMNS = {"name": "condition", "mean_aligned": "mean alignment", "em_valid": "EM, of answers with both scores", "coherent": "coherent", "margin": "margin, nats/token"}
 
@@ -60,7 +62,7 @@ def claim_table(claims: list[list[dict[str, Any]]], seeds: list[int]) -> str:
             votes = [e["supports"] for e in run[i]["evidence"] if e["decides"]]
             after = f"; {run[i]['after_holm']} after Holm" if run[i]["after_holm"] != run[i]["verdict"] else ""
             cells.append(f"{run[i]['verdict']} ({votes.count('held')} for, {votes.count('did not hold')} against, {votes.count('undecided')} open{after})")
-        lines.append(f"| {claim['claim']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(claim['claim'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,7 +72,7 @@ def condition_table(folder: Path) -> str:
     for r in frame.itertuples():
         kl = "-" if pd.isna(r.kl) else f"{r.kl:.2f}"
         lines.append(
-            f"| {r.label} | {r.n_valid:.0f} | {r.mean_aligned:.1f} [{r.mean_aligned_low:.1f}, {r.mean_aligned_high:.1f}] | {r.n_em:.0f} of {r.n_valid:.0f} "
+            f"| {markdown_cell(r.label)} | {r.n_valid:.0f} | {r.mean_aligned:.1f} [{r.mean_aligned_low:.1f}, {r.mean_aligned_high:.1f}] | {r.n_em:.0f} of {r.n_valid:.0f} "
             f"({r.em_wilson_low:.1%} to {r.em_wilson_high:.1%}; {r.em_clustered_low:.1%} to {r.em_clustered_high:.1%}) | {r.coherent:.1%} | "
             f"{r.margin:+.3f} [{r.margin_low:+.3f}, {r.margin_high:+.3f}], n = {r.n_pairs:.0f} | {kl} |"
         )
@@ -83,7 +85,7 @@ def evidence(claims: list[dict[str, Any]]) -> str:
         for e in claim["evidence"]:
             low, high, p = (math.nan if e[k] is None else e[k] for k in ("low", "high", "p"))
             lines.append(
-                f"| {claim['id']} | {e['text']} | {e['estimate']:+.3f} [{low:+.3f}, {high:+.3f}] {e['unit']}, n = {e['n']} | {p:.2g} | {e['supports']}"
+                f"| {claim['id']} | {markdown_cell(e['text'])} | {e['estimate']:+.3f} [{low:+.3f}, {high:+.3f}] {e['unit']}, n = {e['n']} | {p:.2g} | {e['supports']}"
                 f"{'' if e['decides'] else ', not counted'} |"
             )
     return "\n".join(lines) + "\n"

@@ -40,6 +40,11 @@ def short_labels(labels: Sequence[str], width: int) -> list[str]:
     return [ends if cut.count(c) > 1 and len(label) > width else c for c, ends, label in zip(cut, both_ends, labels, strict=True)]
 
 
+def markdown_cell(text: str) -> str:
+    """Text for a table of Markdown, where a bar ends the cell: |cos| has two."""
+    return text.replace("|", "\\|")
+
+
 def p_value(p: Any) -> str:
     """ "0.012", or "below 0.001"; "not measured" if missing."""
     return NOT_MEASURED if missing(p) else "below 0.001" if float(p) < 0.001 else number(p, 3)
