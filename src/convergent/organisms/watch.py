@@ -12,7 +12,6 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from convergent.cache import rights_of_folder
 from convergent.errors import TrainingError
 from convergent.organisms.manifest import LossPoint
 from convergent.organisms.recipes import Recipe
@@ -78,7 +77,6 @@ class Keeper(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / ".part"
         save_file({k: v.detach().float().cpu().contiguous() for k, v in weights.items()}, part)
-        rights_of_folder(part)
         part.replace(self.folder / kept_name(state.global_step))
 
 
