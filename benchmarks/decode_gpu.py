@@ -1,14 +1,18 @@
-"""Decoding on a GPU: this sampler beside its own steps launched one by one, and beside `generate` of transformers on the same card; where there is no GPU it says so.
+"""Decoding on a GPU: this sampler beside its own steps launched one by one, `generate` of transformers and vLLM on the same card; where there is no GPU it says so.
 
 All draw at temperature 1 and equally many tokens. `--shape` builds a model with random weights, for sizes whose weights are not at hand: what a token costs
-does not depend on them. vLLM is not compared: it cannot change the residual stream row by row, and was not to be had on the card we measured on.
+does not depend on them. vLLM needs an environment of its own; CONVERGENT_VLLM_PYTHON names its Python. It cannot change the residual stream row by row, so it
+is the yardstick for plain answers, not for a sweep.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from typing import Any
 
 import torch
+from child import Child
 from common import OURS, Sides, arguments, finish, row, started
 from decoding import QUESTION, attention, endless, generate, ours, prompts
 
@@ -17,9 +21,11 @@ from convergent.sampling import graphs
 
 SHAPES: dict[str, dict[str, int]] = {
     "135M": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
     "14B": {"hidden_size": 5120, "num_hidden_layers": 48, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064},
 }
-"""SmolLM2-135M and Qwen2.5-14B."""
+"""SmolLM2-135M, Qwen2.5-7B and Qwen2.5-14B."""
+VLLM = "CONVERGENT_VLLM_PYTHON"
 
 
 def of_shape(name: str, dtype: torch.dtype, like: ChatModel) -> ChatModel:
@@ -63,6 +69,34 @@ def peer(model: ChatModel, answers: int, tokens: int, rows: int) -> float:
     return drawn / total
 
 
+class Vllm:
+    """vLLM with the same model, begun when it is first asked."""
+
+    def __init__(self, model: ChatModel, random: bool, memory: float, dtype: str, answers: int, tokens: int, rows: int) -> None:
+        self.model = model
+        self.child: Child | None = None
+        self.work = {"random": random, "memory": memory, "dtype": dtype, "answers": answers, "tokens": tokens, "rows": rows, "prompt": list(prompts(model, [QUESTION], 1)[0])}
+        self.versions: dict[str, str] = {}
+
+    def __call__(self) -> float:
+        """Tokens per second."""
+        if self.child is None:
+            if VLLM not in os.environ:
+                raise RuntimeError(f"{VLLM} names no Python that has vLLM")
+            self.folder = tempfile.TemporaryDirectory()
+            self.model.tokenizer.save_pretrained(self.folder.name)
+            (self.model.model.config if self.work["random"] else self.model.model).save_pretrained(self.folder.name)
+            self.child = Child("vllm_peer.py", [], {**self.work, "model": self.folder.name}, os.environ[VLLM])
+            self.versions = self.child.versions
+            self.child.ask({})  # kernels are compiled
+        found = self.child.ask({})
+        return float(found["tokens"] / found["seconds"])
+
+    def end(self) -> None:
+        if self.child is not None:
+            self.child.end()
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--base", default="embedded", help="also where --shape takes its tokenizer from")
@@ -70,6 +104,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--answers", type=int, default=2048)
+    parser.add_argument("--vllm-memory", type=float, default=0.4, help="share of the GPU's memory that vLLM takes")
     parser.add_argument("--tokens", type=int, default=64)
     options = started(parser)
     name = f"decode_gpu_{options.shape or 'base'}_{options.dtype}"
@@ -83,14 +118,17 @@ def main() -> None:
     work = (model, options.rows if options.quick else options.answers, 16 if options.quick else options.tokens, options.rows)
     for side in (speed, peer):  # kernels are compiled, libraries chosen
         side(model, options.rows, 4, options.rows)
-    sides = {OURS: lambda: speed(*work), "steps launched one by one": lambda: one_by_one(*work), "generate, sdpa": lambda: peer(*work)}
+    vllm = Vllm(model, bool(options.shape), options.vllm_memory, options.dtype, *work[1:])
+    sides = {OURS: lambda: speed(*work), "steps launched one by one": lambda: one_by_one(*work), "generate, sdpa": lambda: peer(*work), "vLLM": vllm}
     measured = Sides(sides).measure(options.repeats)
+    vllm.end()
     rows = {
         name: row(measured.ratios(OURS, "generate, sdpa"), None, "transformers `generate`, sdpa", torch.cuda.get_device_name()),
+        f"{name}_vllm": row(measured.ratios(OURS, "vLLM"), None, "vLLM", measured.failed.get("vLLM", torch.cuda.get_device_name())),
         f"{name}_graphs": row(measured.ratios(OURS, "steps launched one by one"), None, "the same without CUDA graphs", torch.cuda.get_device_name()),
     }
     settings = {"rows": options.rows, "answers": work[1], "tokens": work[2], "dtype": options.dtype, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    finish(options, name, rows, measured, "tokens/s", settings=settings)
+    finish(options, name, rows, measured, "tokens/s", vllm.versions, settings)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"run", "common", "decoding", "child", "sweep_peers", "llama_readers"}
+NOT_BENCHMARKS = {"run", "common", "decoding", "child", "sweep_peers", "llama_readers", "vllm_peer"}
 PASSED = ("quick", "repeats", "threads", "study")
 
 

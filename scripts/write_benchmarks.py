@@ -40,6 +40,9 @@ CLAIMS: dict[str, tuple[str, str, str]] = {
     "startup_help": ("`convergent --help`", "-", "≤ 0.3 s"),
     "startup_load": ("loading the embedded model", "-", ""),
     "startup_report": ("report of a finished study", "-", "≤ 5 s"),
+    "decode_gpu_135M_bfloat16": ("on a GPU: 512 rows, 135M shape, bf16", "transformers `generate`, sdpa", ""),
+    "decode_gpu_135M_bfloat16_vllm": ("the same", "vLLM", ""),
+    "decode_gpu_135M_bfloat16_graphs": ("the same", "the same without CUDA graphs", ""),
     "judge": ("answers judged, embedded judge", "-", "≥ 200/s"),
 }
 """Row of a record -> claim, peer, target, in the order of the table. Rows that are not here come after."""
@@ -85,7 +88,7 @@ def _best(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def line_of(name: str, row: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     claim, peer, target = CLAIMS.get(name, (name.replace("_", " "), row["peer"] or "-", _target(row)))
-    if row["peer"] and name in CLAIMS and peer != "-":
+    if row["peer"] and name in CLAIMS and peer not in ("-", row["peer"]):
         peer += f": {row['peer']}"
     values = row["ratios"]
     if not values:

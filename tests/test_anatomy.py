@@ -97,6 +97,21 @@ def test_read_alike_in_bfloat16_with_massive_activations(family):
     assert names(found) == names(exact.anatomy)
 
 
+def test_read_in_bfloat16_where_the_writes_cancel_each_other():
+    """The stream is largest between them, and so is its rounding there."""
+    chat = tiny_chat("qwen2", "bfloat16")
+    before = inspect_model(chat.model)
+    hooks = [
+        write.register_forward_hook(lambda m, args, out, by=by: (out[0] + by, *out[1:]) if isinstance(out, tuple) else out + by)
+        for writes, by in ((before.attention_writes, 300.0), (before.mlp_writes, -300.0))
+        for write in writes
+    ]
+    found = inspect_model(chat.model)
+    for hook in hooks:
+        hook.remove()
+    assert (found.attention_writes, found.mlp_writes) == (before.attention_writes, before.mlp_writes)
+
+
 def test_adapter_targets():
     a = tiny_chat().anatomy
     names = dict(named_targets(a))

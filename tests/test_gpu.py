@@ -12,7 +12,7 @@ import torch
 from convergent.core.interventions import LowRank
 from convergent.core.values import Condition, Sampling
 from convergent.models.load import ChatModel, wrap
-from convergent.sampling import graphs, kernel
+from convergent.sampling import graphs, kernel, lane
 from convergent.sampling.attention import attention
 from convergent.sampling.cache import attending
 from convergent.sampling.requests import Request, make_requests
@@ -71,6 +71,24 @@ def test_replayed_steps_are_those_launched_one_by_one(family, config, monkeypatc
     assert "cannot be captured" not in caplog.text
     monkeypatch.setattr(graphs.Graphs, "_capture", lambda self, key, step: None)
     assert [r.token_ids for r in sample(chat, everything)] == replayed
+
+
+def test_the_host_waits_for_nothing_but_tokens(monkeypatch):
+    """torch raises at every operation that waits for the GPU; looking at a draw waits for an event, a step behind."""
+    chat = on_gpu()
+    everything = [r for r in asked(chat) if r.condition.sampling.top_p == 1]
+    before = [r.token_ids for r in sample(chat, everything)]
+    go = lane.Lane.go
+
+    def watched(self, rows):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from go(self, rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(lane.Lane, "go", watched)
+    assert [r.token_ids for r in sample(chat, everything, n_rows=9)] == before
 
 
 def test_a_gpu_draws_what_the_cpu_draws_but_for_near_ties():

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import convergent.sampling.lane as lane
+import convergent.sampling.prefill as prefill
 import convergent.sampling.sampler as sampler
 from convergent.core.ids import seed, uniforms
 from convergent.core.interventions import Ablate, AblateSubspace, Add
@@ -113,6 +114,45 @@ def test_all_rows_together_equal_each_alone(reference, n_rows):
     assert tokens(chat, everything, n_rows) == [reference[r.id] for r in everything]
 
 
+@pytest.mark.parametrize("lag", [1, 2])
+@pytest.mark.parametrize("n_rows", [1, 7, 200])
+def test_looking_at_a_draw_later_changes_no_answer(reference, monkeypatch, lag, n_rows):
+    """As on a GPU, where the host looks at a token while the next step is under way."""
+    chat = tiny_chat()
+    chat = replace(chat, stop_ids=frozenset(range(0, chat.model.config.vocab_size, 9)))
+    everything = requests(chat)
+    at_once = sample(chat, everything, n_rows=n_rows)
+    assert {r.finish for r in at_once} == {"stop", "length"}
+    monkeypatch.setattr(lane, "lag_on", lambda device: lag)
+    tally, arrived = Tally(), []
+    assert sample(chat, everything, arrived.append, n_rows=n_rows, tally=tally) == at_once
+    assert sorted(r.id for r in arrived) == sorted(reference) and tally.tokens == sum(len(r.token_ids) for r in at_once)
+    one = list(make_requests([Condition("one", sampling=Sampling(1.0, 1.0, 1))], (SHORT,), 12, 0))
+    assert all(len(r.token_ids) <= 1 for r in sample(chat, one, n_rows=5))  # rows that leave with their first token
+
+
+@pytest.fixture
+def filled_up(monkeypatch):
+    """Prompts are filled up to a multiple of SPAN tokens, as on a GPU."""
+    init = prefill.Reader.__init__
+
+    def fills_up(self, *args):
+        init(self, *args)
+        self.fills_up = True
+
+    monkeypatch.setattr(prefill.Reader, "__init__", fills_up)
+
+
+@pytest.mark.usefixtures("filled_up")
+def test_a_prompt_that_is_filled_up_gives_the_same_answers(reference):
+    """What is filled in is not looked at, and the prompt still depends on nothing but itself."""
+    chat = tiny_chat()
+    everything = requests(chat)
+    filled = tokens(chat, everything, 16)
+    assert sum(t == reference[r.id] for r, t in zip(everything, filled, strict=True)) >= len(filled) - 1  # another rounding, which a near tie may show
+    assert [tokens(chat, [r], 1)[0] for r in everything] == filled
+
+
 @pytest.mark.parametrize("panel", ["panel", "alone"])
 def test_fallbacks_give_valid_and_order_independent_answers(reference, monkeypatch, panel):
     monkeypatch.setattr(invariance, "_known", {})
@@ -168,10 +208,11 @@ def test_a_long_prompt_is_stored_once(monkeypatch, shares):
             super().__init__(n_rows, length)
             lengths.append((n_rows, self.length))
 
-    monkeypatch.setattr(lane, "SlotCache", Watched)
+    for module in (lane, prefill):
+        monkeypatch.setattr(module, "SlotCache", Watched)
     wanted = list(make_requests([Condition("plain", sampling=Sampling(1.0, 1.0, 20))], (LONG,), 12, 0))
     sample(chat, wanted)
-    assert lengths == [(12, 32 if shares else 192), (1, 160)]  # rows with their answers alone, or with the prompt
+    assert lengths[-2:] == [(12, 32 if shares else 192), (1, 160)]  # rows with their answers alone, or with the prompt
 
 
 def test_a_long_prompt_stored_once_or_copied_gives_the_same_answers(reference, monkeypatch):
@@ -195,6 +236,12 @@ def test_greedy_equals_generate(family, config):
         stop = next((i for i, t in enumerate(expected) if t in chat.stop_ids), None)
         assert list(found.token_ids) == expected[:stop]
         assert found.finish == ("length" if stop is None else "stop")
+
+
+@pytest.mark.usefixtures("filled_up")
+@pytest.mark.parametrize(("family", "config"), [(f, {}) for f in FAMILIES] + list(SLIDING))
+def test_greedy_equals_generate_where_prompts_are_filled_up(family, config):
+    test_greedy_equals_generate(family, config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,9 +294,11 @@ def test_an_error_in_one_lane_ends_all(cores, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name == "sampler-lane"] and torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
-def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch, error):
+def test_out_of_memory_halves_the_batch_and_loses_nothing(reference, monkeypatch, error, lag):
     chat = tiny_chat()
+    monkeypatch.setattr(lane, "lag_on", lambda device: lag)
     decode = lane.Lane._decode
 
     def fails(self, rows):
@@ -272,10 +321,10 @@ def test_out_of_memory_halves_the_panel_too(reference, monkeypatch, room, left):
     chat, held = tiny_chat(), []
     forward, halve = lane.Lane._forward, lane.Lane._halve
 
-    def fails(self, ids, positions, cache):
+    def fails(self, ids, positions, cache, **more):
         if cache.n_rows > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, ids, positions, cache)
+        return forward(self, ids, positions, cache, **more)
 
     def halves(self, error):
         halve(self, error)
@@ -293,7 +342,7 @@ def test_out_of_memory_halves_the_panel_too(reference, monkeypatch, room, left):
     assert tally.halved == len(held) == tally.panels + 1
     greedy = [(r.token_ids, reference[r.id]) for r in found if r.condition == "greedy"]
     assert greedy and all(a == b for a, b in greedy)  # another rounding, the same answer
-    monkeypatch.setattr(lane.Lane, "_forward", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(lane.Lane, "_forward", lambda self, *args, **more: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(ModelError, match="out of memory with a single row"):
         sample(chat, everything[:3], n_rows=2)
 

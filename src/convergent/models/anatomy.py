@@ -175,12 +175,15 @@ def _writes_of_block(
     once = [m for m in block.modules() if m is not block and len(seen.get(m, [])) == 1 and not isinstance(m, passing)]
     parts = [m for m in once if seen[m][0].shape == change.shape]  # experts see other shapes
     wrote = {m: seen[m][0].double() for m in parts}
-    # In bfloat16 the stream itself is rounded: where it is large (massive activations), its last bits exceed any write.
-    rounding = 2 * torch.finfo(block_input.dtype).eps * torch.maximum(after.abs(), before.abs())
+    # In bfloat16 the stream itself is rounded: where it is large (massive activations), its last bits exceed any write. It is so between the two writes
+    # too, where it can be larger than before and after both.
+    eps = 2 * torch.finfo(block_input.dtype).eps
+    ends = torch.maximum(after.abs(), before.abs())
     # Outermost modules come first in `modules()`; attention precedes the MLP in every family seen.
     for i, first in enumerate(parts):
         for second in parts[i + 1 :]:
-            allowed = rounding + 1e-3 * torch.maximum(wrote[first].abs().max(), wrote[second].abs().max())
+            between = torch.maximum((before + wrote[first]).abs(), (before + wrote[second]).abs())
+            allowed = eps * torch.maximum(ends, between) + 1e-3 * torch.maximum(wrote[first].abs().max(), wrote[second].abs().max())
             if bool(((wrote[first] + wrote[second] - change).abs() <= allowed).all()) and not _is_inside(second, first):
                 return (first, second) if not _looks_like_mlp(block, first) else (second, first)
     return None

@@ -26,25 +26,41 @@ def draw(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u
     logits (rows, vocabulary); temperature and top_p per row; u (rows,) float64 in [0, 1). Temperature 0 is greedy. top_p keeps the smallest set
     of most probable tokens with at least that mass (ties at its edge stay in). Raises ModelError for logits that are not numbers.
     """
+    return checked(choose(logits, temperature, top_p, u).tolist())
+
+
+def choose(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u: Tensor) -> Tensor:
+    """The same as (rows,) int64 where the logits are, -1 for a row whose logits are not numbers.
+
+    A GPU is not waited for, except with a top_p below 1: how far a nucleus reaches is asked of it.
+    """
     size = _ROWS if logits.device.type == "cpu" else len(logits)
     parts = [slice(i, i + size) for i in range(0, len(logits), size)]
-    found = torch.cat([_draw(logits[p].float(), temperature[p], top_p[p], u[p].to(logits.device)) for p in parts]).tolist()
-    if min(found) < 0:
+    return torch.cat([_choose(logits[p].float(), temperature[p], top_p[p], u[p]) for p in parts])
+
+
+def checked(tokens: list[int]) -> list[int]:
+    """What `choose` found. Raises ModelError if some logits were not numbers."""
+    if min(tokens) < 0:
         raise ModelError("sampling: the model's logits are not finite; use a smaller steering coefficient, or dtype float32")
-    return found
+    return tokens
 
 
-def _draw(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u: Tensor) -> Tensor:
-    """Tokens (rows,) int64, -1 for a row whose logits are not finite: one answer for all, so that a GPU is waited for once."""
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`, which is not waited for: it has its copy before anything it is given later runs."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _choose(logits: Tensor, temperature: Sequence[float], top_p: Sequence[float], u: Tensor) -> Tensor:
+    device = logits.device
     top = logits.amax(-1, keepdim=True)
-    heat = torch.tensor([max(t, 1e-6) for t in temperature], dtype=logits.dtype).to(logits.device)[:, None]
+    heat = sent(torch.tensor([max(t, 1e-6) for t in temperature], dtype=logits.dtype), device)[:, None]
     weights = torch.sub(logits, top).div_(heat).exp_()
     if min(top_p) < 1:
-        weights = _nucleus(weights, torch.tensor(top_p, dtype=torch.float64).to(logits.device))
-    tokens = _invert(weights, u)
+        weights = _nucleus(weights, sent(torch.tensor(top_p, dtype=torch.float64), device))
+    tokens = _invert(weights, sent(u, device))
     if min(temperature) <= 0:
-        greedy = torch.tensor([t <= 0 for t in temperature]).to(logits.device)
-        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+        tokens = torch.where(sent(torch.tensor([t <= 0 for t in temperature]), device), logits.argmax(-1), tokens)
     return torch.where(torch.isfinite(top[:, 0]), tokens, -1)
 
 

@@ -28,16 +28,13 @@ from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
 from convergent.sampling.cache import SlotCache, stored_apart
-from convergent.sampling.draw import draw
+from convergent.sampling.draw import checked, choose
 from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape, smaller
 from convergent.sampling.memory import out_of_memory
+from convergent.sampling.prefill import OWN_ATTENTION, Reader, Start
 from convergent.sampling.requests import Request
 
-OWN_ATTENTION = (
-    "{}: its attention does not go through the attention interface of transformers in every layer, or it keeps a state of its own, so it cannot be "
-    "sampled; choose another base"
-)
 _proven: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -64,9 +61,14 @@ def prove(model: ChatModel, prompt: Sequence[int]) -> None:
     _proven.add(model.model)
 
 
-def _last_logits(model: Any, cache_name: str, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
-    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1, **{cache_name: cache}).logits
+def _last_logits(model: Any, cache_name: str, ids: Tensor, positions: Tensor, cache: SlotCache, kept: int | Tensor = 1) -> Tensor:
+    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=kept, **{cache_name: cache}).logits
     return logits[:, -1]
+
+
+def lag_on(device: torch.device) -> int:
+    """Draws that the host leaves unseen while it prepares the next step."""
+    return 1 if device.type == "cuda" else 0
 
 
 @dataclass(eq=False)
@@ -79,11 +81,52 @@ class Row:
     condition: int
     prompt: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
+    drawn: int = 0
+    """Tokens that were drawn for it: on a GPU up to one more than `tokens` has, as they are waited for a step later."""
+    place: int | None = None
+    """Its row of the cache, while it has one."""
+    ended: bool = False
 
     @property
     def position(self) -> int:
         """Where the latest token belongs."""
-        return len(self.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + self.drawn - 1
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may have."""
+        return self.request.condition.sampling.max_new_tokens
+
+    def begin_anew(self) -> None:
+        """The same tokens come again, as each is drawn by its own number."""
+        self.tokens.clear()
+        self.drawn, self.place = 0, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Tokens on their way to the host, one for each of `rows`."""
+
+    rows: Sequence[Row]
+    tokens: Tensor
+    there: torch.cuda.Event | None
+    """When they have come; None if they are here."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], tokens: Tensor) -> _Drawn:
+        if tokens.device.type != "cuda":
+            return cls(rows, tokens, None)
+        host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        return cls(rows, host, there)
+
+    def wait(self) -> list[int]:
+        if self.there is not None:
+            self.there.synchronize()
+        found: list[int] = self.tokens.tolist()
+        return found
 
 
 @dataclass
@@ -109,8 +152,6 @@ class Tally:
 
 Prompt: TypeAlias = tuple[int, tuple[int, ...]]
 """A condition's number and the prompt's tokens."""
-Start: TypeAlias = tuple[SlotCache, Tensor]
-"""Cache of one row and (1, vocabulary) logits after the prompt."""
 
 
 class Work:
@@ -119,7 +160,7 @@ class Work:
     def __init__(self, rows: Sequence[Row], n_lanes: int) -> None:
         # Requests that share condition and prompt follow each other, so that one prefill serves them all.
         self.rows = deque(sorted(rows, key=lambda r: (r.condition, r.request.question, r.request.system)))
-        self._lengths = [(len(r.prompt), r.request.condition.sampling.max_new_tokens) for r in rows]
+        self._lengths = [(len(r.prompt), r.most) for r in rows]
         self.stopped = threading.Event()
         self._kept = 2 * n_lanes
         self._starts: OrderedDict[Prompt, Future[Start]] = OrderedDict()
@@ -135,9 +176,9 @@ class Work:
             return self.rows.popleft() if self.rows and not self.stopped.is_set() else None
 
     def give_back(self, rows: Sequence[Row]) -> None:
-        """Requests to begin anew: the same tokens come again, as each is drawn by its own numbers."""
+        """Requests to begin anew."""
         for row in rows:
-            row.tokens.clear()
+            row.begin_anew()
         with self._lock:
             self.rows.extendleft(reversed(rows))
 
@@ -162,13 +203,21 @@ class Work:
 
 
 class Lane:
-    """Up to `n_rows` rows of one model."""
+    """Up to `n_rows` rows of one model.
+
+    What is drawn stays on the device, where the next step takes it from. The host looks at it when the step after is under way (`_lag`), so a GPU
+    waits for nothing between two steps; a row that turns out to have ended has then been computed once more, for nothing.
+    """
 
     def __init__(self, model: ChatModel, work: Work, n_rows: int, shape: Shape) -> None:
         self.model, self.work, self.shape, self.limit = model, work, shape, n_rows
         self.tally = Tally()
         self._cache_name = cache_name(model.model)
+        self._lag = lag_on(model.device)
+        self._reader = Reader(model, self._forward)
         self.active: list[Row] = []
+        self._unseen: deque[_Drawn] = deque()
+        """Draws that the host has not looked at, the oldest first."""
         self._make_room()
 
     def _make_room(self) -> None:
@@ -177,24 +226,23 @@ class Lane:
         n_rows, device = math.ceil(self.limit / step) * step, self.model.device
         self.cache = SlotCache(n_rows, self.work.longest(self.shape.shares))
         self._inputs = torch.zeros(3, n_rows, dtype=torch.long, device=device)
-        """Token, position and condition of every row."""
+        """Token, position and condition of every row; the first is written by the draw."""
         self._logits: Tensor | None = None
-        self._host = torch.zeros(3, n_rows, dtype=torch.long, pin_memory=device.type == "cuda")
         self._graphs = Graphs(device)
 
     def go(self, rows: Rows) -> Iterator[tuple[int, Response]]:
         """(place among all requests, response) of every answer, until no request is left."""
         while not self.work.stopped.is_set():
             try:
-                while len(self.active) < self.limit and (row := self.work.take()) is not None:
-                    self.active.append(row)
-                    prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
-                    put = self.cache.share_row if stored_apart(len(row.prompt), self.shape.shares) else self.cache.copy_row
-                    put(prefilled, len(self.active) - 1, len(row.prompt))
-                    yield from self._extend([len(self.active) - 1], logits)
-                if not self.active:
+                while self._admit(rows):
+                    yield from self._look(self._lag)
+                if self.active:
+                    self._draw(list(self.active), self._decode(rows))
+                    yield from self._look(self._lag)
+                elif self._unseen:
+                    yield from self._look(0)
+                else:
                     return
-                yield from self._extend(list(range(len(self.active))), self._decode(rows))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -205,10 +253,13 @@ class Lane:
         panel = self.shape.panel or 1
         if self.limit == panel == 1:
             raise ModelError("sampling: out of memory with a single row; set sampling.max_new_tokens lower, or choose a smaller base") from error
-        self.work.give_back(self.active)
+        left = [r for drawn in self._unseen for r in drawn.rows if not r.ended]
+        self.work.give_back(list(dict.fromkeys([*self.active, *left])))
         self.active.clear()
+        self._unseen.clear()
         self.tally.halved += 1
         del self.cache, self._graphs, self._logits
+        self._reader.forget()
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -220,31 +271,37 @@ class Lane:
             self.limit = min(self.limit, self.shape.least)
         self._make_room()
 
+    def _admit(self, rows: Rows) -> bool:
+        """Give the places that are free to the next requests and draw their first tokens; whether there were any."""
+        come: list[Row] = []
+        starts: list[Tensor] = []
+        while len(self.active) < self.limit and (row := self.work.take()) is not None:
+            row.place = len(self.active)
+            self.active.append(row)
+            prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
+            put = self.cache.share_row if stored_apart(len(row.prompt), self.shape.shares) else self.cache.copy_row
+            put(prefilled, row.place, len(row.prompt))
+            come.append(row)
+            starts.append(logits)
+        if come:
+            self._draw(come, torch.cat(starts))
+        return bool(come)
+
     def _read(self, row: Row, rows: Rows) -> Start:
-        """Cache and (1, vocabulary) logits after the prompt, from a pass over it alone."""
-        device, n = self.model.device, len(row.prompt)
-        cache = SlotCache(1, n)
-        positions = torch.arange(n, device=device)[None]
-        step = cache.begin(slice(0, 1), positions, n)
-        rows.set([row.condition])
-        logits = self._forward(torch.tensor([row.prompt], device=device), positions, cache)
-        if not step.stored == step.read == self.model.n_layers:
-            raise ModelError(OWN_ATTENTION.format(type(self.model.model).__name__))
-        self.tally.prefilled += n
-        cache.stack()  # before other lanes see it
-        return cache, logits
+        self.tally.prefilled += len(row.prompt)
+        return self._reader.read(row.prompt, row.condition, rows)
 
     def _decode(self, rows: Rows) -> Tensor:
         """(active, vocabulary) logits after the latest token of every active row; written over by the next call."""
         n = len(self.active)
         size = self.shape.panel or max(n, self.shape.least)
         starts = range(0, n, size)
-        # Places without a request repeat token 0 at position 0.
+        # Places without a request repeat some token at position 0.
         idle = [0] * (len(starts) * size - n)
-        host, inputs = (t[:, : n + len(idle)] for t in (self._host, self._inputs))
-        columns = zip(*((m.tokens[-1], m.position, m.condition) for m in self.active), strict=True)
-        host.copy_(torch.tensor([list(c) + idle for c in columns]))
-        inputs.copy_(host, non_blocking=True)
+        columns = zip(*((m.position, m.condition) for m in self.active), strict=True)
+        host = torch.tensor([list(c) + idle for c in columns])
+        inputs = self._inputs[:, : n + len(idle)]
+        inputs[1:].copy_(host.pin_memory() if self._inputs.is_cuda else host, non_blocking=True)
         furthest = max(m.position - self.cache.before(place) for place, m in enumerate(self.active)) + 1
         for start in starts:
             part = slice(start, start + size)
@@ -265,29 +322,52 @@ class Lane:
             self._logits = logits.new_empty(self._inputs.shape[1], logits.shape[1])
         self._logits[part] = logits
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
-        return _last_logits(self.model.model, self._cache_name, ids, positions, cache)
+    def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, **more: Any) -> Tensor:
+        return _last_logits(self.model.model, self._cache_name, ids, positions, cache, **more)
 
-    def _extend(self, places: list[int], logits: Tensor) -> Iterator[tuple[int, Response]]:
-        """Draw the next token of the rows at `places`; yield those that end and close the gaps they leave."""
-        members = [self.active[p] for p in places]
+    def _draw(self, members: Sequence[Row], logits: Tensor) -> None:
+        """Draw the next token of these rows, whose places follow each other; those that have all theirs leave."""
         how = [m.request.condition.sampling for m in members]
-        numbers = uniforms(np.array([m.request.seed for m in members], dtype=np.uint64), np.array([len(m.tokens) for m in members]))
-        chosen = draw(logits, [s.temperature for s in how], [s.top_p for s in how], torch.from_numpy(numbers))
-        ended = []
-        for place, member, token in zip(places, members, chosen, strict=True):
-            stopped = token in self.model.stop_ids
-            if not stopped:
-                member.tokens.append(token)
-            if stopped or len(member.tokens) >= member.request.condition.sampling.max_new_tokens:
-                ended.append((place, "stop" if stopped else "length"))
-        for place, finish in reversed(ended):
-            row, last = self.active[place], self.active.pop()
-            if place < len(self.active):
-                self.active[place] = last
-                self.cache.move(len(self.active), place, last.position)
+        numbers = uniforms(np.array([m.request.seed for m in members], dtype=np.uint64), np.array([m.drawn for m in members]))
+        tokens = choose(logits, [s.temperature for s in how], [s.top_p for s in how], torch.from_numpy(numbers))
+        first = members[0].place
+        assert first is not None, "a row has a place until its last token is drawn"
+        self._inputs[0, first : first + len(members)] = tokens.clamp_min(0)  # what is not a token ends the run when it is looked at
+        self._unseen.append(_Drawn.of(members, tokens))
+        for member in members:
+            member.drawn += 1
+        self._leave([m for m in members if m.drawn >= m.most])
+
+    def _look(self, lag: int) -> Iterator[tuple[int, Response]]:
+        """Look at all draws but the `lag` newest; yield the rows that end."""
+        while len(self._unseen) > lag:
+            drawn = self._unseen.popleft()
+            ended = []
+            for row, token in zip(drawn.rows, checked(drawn.wait()), strict=True):
+                if row.ended:
+                    continue
+                stopped = token in self.model.stop_ids
+                if not stopped:
+                    row.tokens.append(token)
+                if stopped or len(row.tokens) >= row.most:
+                    row.ended = True
+                    ended.append((row, "stop" if stopped else "length"))
+            self._leave([row for row, _ in ended if row.place is not None])
+            for row, finish in ended:
+                yield row.index, self._response(row, finish)
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        """These rows need their places no more; the last ones move into the gaps."""
+        for row in sorted(rows, key=lambda r: r.place or 0, reverse=True):
+            last = self.active.pop()
+            if last is not row:
+                assert row.place is not None and last.place is not None, "rows that leave have a place"
+                self.active[row.place] = last
+                self.cache.move(last.place, row.place, last.position)
+                self._inputs[0, row.place] = self._inputs[0, last.place]
+                last.place = row.place
+            row.place = None
             self.cache.leave(len(self.active))
-            yield row.index, self._response(row, finish)
 
     def _response(self, row: Row, finish: str) -> Response:
         r = row.request

@@ -34,7 +34,8 @@ from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
-from convergent.sampling.lane import OWN_ATTENTION, Lane, Row, Tally, Work, prove
+from convergent.sampling.lane import Lane, Row, Tally, Work, prove
+from convergent.sampling.prefill import OWN_ATTENTION
 from convergent.sampling.requests import Request
 
 DEFAULT_ROWS = 256
