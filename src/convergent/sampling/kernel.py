@@ -33,7 +33,7 @@ SETTINGS = {
     (True, False): Setting(32, 1, True),
     (True, True): Setting(16, 1, True),
 }
-"""By (16-bit numbers, wide heads): the quickest on an H200 at 512 rows of about 100 slots. Wide heads in float32 were not timed and take what narrow ones do."""
+"""By (16-bit numbers, wide heads): the quickest on an H200 at 512 rows of about 100 slots. Wide heads in float32 were not timed: as narrow ones."""
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
