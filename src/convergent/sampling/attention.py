@@ -49,9 +49,11 @@ def attention(
     if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
         return kernel.attend(query, key, value, step.positions, scale, window, softcap), None
     q = (query * scale).reshape(b, n_kv, -1, d)
-    slots = torch.arange(span, device=key.device)
     look = _Look(step.positions, window, softcap)
-    scores = look.at(torch.matmul(q, key.transpose(2, 3)), slots if step.before is None else slots + step.before[:, :, None])
+    if (window, span) not in step.hidden:
+        slots = torch.arange(span, device=key.device)
+        step.hidden[window, span] = look.hidden(slots if step.before is None else slots + step.before[:, :, None])
+    scores = look.at(torch.matmul(q, key.transpose(2, 3)), step.hidden[window, span])
     if step.sharing:
         # Softmax takes both parts of a row together; its own slots' weights take the place of their scores.
         behind = q.new_zeros(*q.shape[:3], width)
@@ -72,13 +74,15 @@ class _Look:
     def of(self, rows: Tensor) -> _Look:
         return _Look(self.positions[rows], self.window, self.softcap)
 
-    def at(self, scores: Tensor, seen: Tensor) -> Tensor:
-        """Scores (batch, n_kv_heads, groups * n_tokens, n) with -inf where `seen`, the positions looked at ((n,) or (batch, 1, n)), is out of sight."""
+    def hidden(self, seen: Tensor) -> Tensor:
+        """(batch, n_tokens, n): where `seen`, the positions looked at ((n,) or (batch, 1, n)), is out of sight."""
+        found = seen > self.positions[:, :, None]
+        return found | (seen <= self.positions[:, :, None] - self.window) if self.window else found
+
+    def at(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        """Scores (batch, n_kv_heads, groups * n_tokens, n) with -inf where they are `hidden`."""
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        hidden = seen > self.positions[:, :, None]
-        if self.window:
-            hidden = hidden | (seen <= self.positions[:, :, None] - self.window)
         b, n_kv, _, n_seen = scores.shape
         return scores.view(b, n_kv, -1, hidden.shape[1], n_seen).masked_fill_(hidden[:, None, None], float("-inf")).view(scores.shape)
 
@@ -102,7 +106,8 @@ def _weigh(sharing: Sharing, layer: int, q: Tensor, scores: Tensor, behind: Tens
     together = q[rows].transpose(0, 1).reshape(n_kv, m * groups, d)
     before = torch.matmul(together, keys.transpose(1, 2)).view(n_kv, m, groups, length).transpose(0, 1).contiguous()
     seen = torch.arange(length)
-    before = look.of(rows).at(before, seen.masked_fill(seen >= sharing.n_tokens, torch.iinfo(seen.dtype).max))
+    mine = look.of(rows)
+    before = mine.at(before, mine.hidden(seen.masked_fill(seen >= sharing.n_tokens, torch.iinfo(seen.dtype).max)))
     weights = _softmax(torch.cat([before, scores[rows]], dim=-1))
     scores[rows] = weights[..., length:]
     of_prompt = weights[..., :length].transpose(0, 1).reshape(n_kv, m * groups, length)

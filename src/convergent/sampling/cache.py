@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,6 +67,17 @@ class Step:
     """Whether the model is not known yet, so that what is attended to is compared with what was stored."""
     handed: tuple[Tensor, Tensor] | None = None
     """Keys and values that `SlotCache.update` gave the model last."""
+    written: tuple[Tensor, Tensor] | None = None
+    """(batch,) rows of the cache and slots that new tokens take, alike in all layers."""
+    hidden: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    """By window and span: what is out of sight in a row's own slots, alike in all layers that have them."""
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and slots of one new token each."""
+        if self.written is None:
+            slots = (self.positions if self.before is None else self.positions - self.before)[:, 0]
+            self.written = torch.arange(self.rows.start, self.rows.stop, device=slots.device), slots
+        return self.written
 
     def attended(self, key: Tensor, value: Tensor) -> None:
         """A layer attends to these. A prompt that is stored once is read as it is stored: a model must not make other keys of it on the way."""
@@ -146,8 +157,7 @@ class SlotCache:
             keys[step.rows, :, :n] = k
             values[step.rows, :, :n] = v
         else:
-            where = torch.arange(step.rows.start, step.rows.stop, device=k.device)
-            slots = (step.positions if step.before is None else step.positions - step.before)[:, 0]
+            where, slots = step.places()
             keys[where, :, slots] = k[:, :, 0]
             values[where, :, slots] = v[:, :, 0]
         step.handed = keys[step.rows, :, : step.span], values[step.rows, :, : step.span]
