@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import row
 
 from convergent.data.training import load_training_set
 from convergent.models.load import EMBEDDED, base_folder, load_base, quiet_transformers
@@ -220,7 +221,11 @@ def main() -> None:
     warnings.simplefilter("ignore")  # peers' and transformers' notices of what will be renamed
     if options.parallel:
         beside = {name: parallel(name, options.steps, options.repeats, options.threads) for name in options.recipes}
-        print(json.dumps({"claim": "training side by side", "quick": options.quick, "recipes": beside, "threads": options.threads, "machine": machine(), "versions": versions()}))
+        note = "as many organisms as threads, each in a process of one thread; starts of processes count"
+        rows = {f"training_{name}_side_by_side": row(found["ratios"], None, "one after the other with all threads", note) for name, found in beside.items()}
+        settings = {"steps": options.steps, "repeats": options.repeats}
+        record = {"claim": "training_side_by_side", "quick": options.quick, "rows": rows, "recipes": beside, "settings": settings, "machine": machine(), "versions": versions()}
+        print(json.dumps(record))
         return
     peers = {}
     for package in ("trl", "peft", "accelerate"):

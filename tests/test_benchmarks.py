@@ -114,6 +114,20 @@ def test_a_target_with_two_ends_is_missed_on_either_side_and_old_lines_are_read(
     assert "| 1 | yes |" in verdict(common.row([1.2], 2.0, "", unit="s", at_most=True))
 
 
+def test_missed_targets_are_set_beside_the_line() -> None:
+    rows = {
+        "decode_equal": common.row([1.6, 1.8], 2.2, "generate"),
+        "decode_equal_ceiling": common.row([2.3, 2.5], None, "generate"),
+        "sweep_best": common.row([2.0], 4.0, "the fastest library: x"),
+        "sweep_authors": common.row([6.5], 6.0, "authors"),
+        "sweep_line": common.row([0.8], None, "the line"),
+        "extraction_authors": common.row([2.0], 3.0, "authors"),  # its line was not measured
+    }
+    part = page.page({"all": {"claim": "all", "rows": rows}}).partition("## Missed targets and the line")[2].partition("## Growth")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| ") and "at the line" not in line]
+    assert [line.split(" | ")[2:] for line in lines] == [["2.2x", "1.7x", "2.4x", "below it: not reached yet |"], ["4x", "2x", "2.5x", "above the line |"]]
+
+
 def test_an_answers_cost_is_without_the_reading_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     growth = loaded("benchmarks/growth.py")
     asked: list[tuple[int, int]] = []
