@@ -1,7 +1,8 @@
-"""Extraction, training and the sweep against the machine's own line: the time of the linear layers alone, on the same tokens, in the same run.
+"""Extraction, training, the sweep and the judge against the machine's own line: the time of the linear layers alone, on the same tokens, in the same run.
 
 No float32 code on torch's products passes it, so a target that lies above (peer's time) / (that time) is out of reach on the machine: the share shown here, into the ratio of
-the row with peers, is what that row could be at most. Attention, norms, the draw, loading the base, and what LoRA adds are no part of the line. No peers: minutes, not half an hour.
+the row with peers, is what that row could be at most. Training's line has the products of LoRA, the judge's is of its own 8-bit layers. Attention, norms, the draw and loading the base
+are no part of a line. No peers: minutes, not half an hour.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from common import Sides, arguments, finish, row, started
 from decoding import one_wording
 from extraction import texts
+from judge import RUBRICS
+from judge import answers as judged
 from sweep import SCALES, directions
 from sweep import ours as sweep
 from torch import Tensor, nn
@@ -26,13 +29,15 @@ from convergent.core.interventions import Add
 from convergent.core.values import Condition, Sampling
 from convergent.data.training import load_training_set
 from convergent.directions.means import stream_means
+from convergent.judging import minilm
+from convergent.judging.embedded import EmbeddedJudge
 from convergent.models.chat import encode_answer, encode_prompt
 from convergent.models.load import ChatModel, load_base, quiet_transformers
 from convergent.models.packed import read_in_batches
 from convergent.models.texts import Text
 from convergent.organisms.chats import collate, encode_chats
 from convergent.organisms.fast import pack
-from convergent.organisms.recipes import named_recipe
+from convergent.organisms.recipes import Adapters, named_recipe
 from convergent.sampling.requests import make_requests
 from convergent.sampling.sampler import sample
 
@@ -67,6 +72,17 @@ class Line:
         _ones(head, self.head.out_features) @ self.head.weight
         for layer in (m for block in self.blocks[first:] for m in block):
             _ones(n, layer.out_features) @ layer.weight
+
+    @torch.inference_mode()
+    def adapt(self, n: int, adapters: Adapters) -> None:
+        """The six products of every adapter: two forward, two for the gradient by its input, two for its own."""
+        for k, block in enumerate(self.model.anatomy.blocks):
+            for name, layer in block.named_modules():
+                if not isinstance(layer, nn.Linear) or name.rpartition(".")[2].removesuffix("_proj") not in adapters.modules or k not in (adapters.layers or (k,)):
+                    continue
+                x, y, low = (_ones(n, width) for width in (layer.in_features, layer.out_features, adapters.rank))
+                a, b = _ones(adapters.rank, layer.in_features), _ones(layer.out_features, adapters.rank)
+                _ = x @ a.T, low @ b.T, y @ b, low @ a, low.T @ x, y.T @ low
 
 
 _kept: dict[tuple[int, int], Tensor] = {}
@@ -106,8 +122,9 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> tuple[Calla
         batch = collate(rows[i : i + each])
         made = pack(batch["input_ids"], batch["labels"])
         packs.append((made.ids.shape[1], len(made.targets)))
-    layers = recipe.adapters.layers if recipe.adapters else None
-    first = min(layers) if layers else 0
+    adapters = recipe.adapters
+    assert adapters is not None
+    first = min(adapters.layers) if adapters.layers else 0
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder, quiet_transformers():
@@ -117,6 +134,7 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> tuple[Calla
         for n, labels in packs:
             line.forward(n, labels)
             line.backward(n, labels, first)
+            line.adapt(n, adapters)
 
     return ours, alone
 
@@ -139,8 +157,23 @@ def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) 
     return lambda: sweep(model, conditions, questions, each, n_rows), alone
 
 
+def judging(n: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    items, judge, net = judged(n), EmbeddedJudge(), minilm.load()
+    tokens = sum(len(found.ids) for found in net.tokenizer.encode_batch_fast([i.response for i in items]))
+
+    @torch.inference_mode()
+    def alone() -> None:
+        for start in range(0, tokens, 2048):
+            x, wide = (_ones(min(2048, tokens - start), width) for width in (minilm.DIM, 4 * minilm.DIM))
+            for layer in net.layers:
+                _ = layer.qkv(x), layer.out(x), layer.up(x), layer.down(wide)
+
+    return lambda: judge.judge(items, RUBRICS), alone
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=3)
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone, for example judge_line")
     parser.add_argument("--answers", type=int, help="that directions are read from (default 400, with --quick 40)")
     parser.add_argument("--steps", type=int, help="of a training (default 8, with --quick 1)")
     parser.add_argument("--tokens", type=int, help="most new tokens of an answer of the sweep (default 32, with --quick 4)")
@@ -148,18 +181,22 @@ def main() -> None:
     answers, steps, tokens = options.answers or (40 if options.quick else 400), options.steps or (1 if options.quick else 8), options.tokens or (4 if options.quick else 32)
     model = load_base(dtype="float32", device="cpu")
     line = Line(model)
-    works = {
-        "extraction_line": extraction(model, line, answers),
-        **{f"training_{name}_line": training(model, line, name, steps) for name in RECIPES},
-        "sweep_line": sweeping(model, line, tokens, 1 if options.quick else 8, 128),
+    made: dict[str, Callable[[], tuple[Callable[[], object], Callable[[], object]]]] = {
+        "extraction_line": lambda: extraction(model, line, answers),
+        **{f"training_{name}_line": lambda name=name: training(model, line, name, steps) for name in RECIPES},  # type: ignore[misc]
+        "sweep_line": lambda: sweeping(model, line, tokens, 1 if options.quick else 8, 128),
+        "judge_line": lambda: judging(64 if options.quick else 400),
     }
+    if unknown := [name for name in options.only or () if name not in made]:
+        parser.error(f"--only: there is no row {unknown[0]!r}; there are {', '.join(made)}")
+    works = {name: make() for name, make in made.items() if name in (options.only or made)}
     sides = {}
     for name, (ours, alone) in works.items():
         alone()
         sides |= {name: seconds(ours), f"{name}, {LINE}": seconds(alone)}
     measured = Sides(sides, ours=tuple(sides)).measure(options.repeats)
     rows = {name: row(measured.ratios(name, f"{name}, {LINE}", more_is_better=False), None, LINE, _figures(measured.figures, name)) for name in works}
-    finish(options, "lines", rows, measured, "seconds", settings={"answers": answers, "steps": steps, "tokens": tokens})
+    finish(options, "_".join(["lines", *(options.only or ())]), rows, measured, "seconds", settings={"answers": answers, "steps": steps, "tokens": tokens})
 
 
 def _figures(figures: dict[str, Sequence[float]] | dict[str, list[float]], name: str) -> str:

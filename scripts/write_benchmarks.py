@@ -48,6 +48,7 @@ CLAIMS: dict[str, tuple[str, str, str]] = {
     "decode_gpu_135M_bfloat16_vllm": ("the same", "vLLM", ""),
     "decode_gpu_135M_bfloat16_graphs": ("the same", "the same without CUDA graphs", ""),
     "judge": ("answers judged, embedded judge", "-", "≥ 200/s"),
+    "judge_line": ("what it reaches of the line, its own 8-bit layers", "-", ""),
 }
 """Row of a record -> claim, peer, target, in the order of the table. Rows that are not here come after."""
 
@@ -63,6 +64,7 @@ LINES = {
     "extraction_hidden_states": "extraction_line",
     "training_all_adapter": "training_all_adapter_line",
     "training_nine_adapter": "training_nine_adapter_line",
+    "judge": "judge_line",
 }
 """Row -> the row that holds its ratio at the machine's line (a ceiling), or the share of the line that it reaches."""
 
@@ -172,7 +174,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "claim without a stored result is not measured.",
         "\n".join([*header, *main]),
         "## Missed targets and the line",
-        "The line is the time of the linear layers alone, in float32 with torch's products, on the same tokens. No float32 code on these products passes it on that machine, whatever else it does. "
+        "The line is the time of the linear layers alone, in float32 with torch's products, on the same tokens (the judge's: of its own 8-bit layers). No code on these products passes it on that machine, whatever else it does. "
         "Ceilings were measured with the peer in one run; else the ratio is divided by the share of the line that was reached in a run of its own.",
         "\n".join(_reach(found)),
         "## Growth",
