@@ -109,15 +109,19 @@ def has_bf16() -> bool:
 NO_BF16 = "no bfloat16 worth using on this CPU"
 
 
+def linears(module: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+
+
 def line(model: ChatModel, rows: int, passes: int = 3) -> float:
     """Tokens per second if every linear layer, in its own shape and the model's order, were all that a token costs (best of `passes`)."""
-    linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {m.in_features: torch.ones(rows, m.in_features, dtype=m.weight.dtype) for m in linears}
+    all_of_them = linears(model.model)
+    inputs = {m.in_features: torch.ones(rows, m.in_features, dtype=m.weight.dtype) for m in all_of_them}
     best = float("inf")
     with torch.inference_mode():
         for _ in range(passes):
             start = time.perf_counter()
-            for m in linears:
+            for m in all_of_them:
                 torch.nn.functional.linear(inputs[m.in_features], m.weight)
             best = min(best, time.perf_counter() - start)
     return rows / best
@@ -129,7 +133,7 @@ CEILING = "what the linear layers alone would reach there: no float32 sampler on
 
 def peak(model: ChatModel, size: int = 2048) -> float:
     """Tokens per second at the rate of a large square matrix product: the floating-point line, which no shape of this model can pass."""
-    weight = next(m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    weight = linears(model.model)[0].weight
     a = torch.ones(size, size, dtype=weight.dtype)
     a @ a
     best = float("inf")
@@ -137,5 +141,5 @@ def peak(model: ChatModel, size: int = 2048) -> float:
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    per_token = sum(2 * m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    per_token = sum(2 * m.weight.numel() for m in linears(model.model))
     return 2 * size**3 / best / per_token

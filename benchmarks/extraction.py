@@ -59,6 +59,11 @@ def work(n: int) -> dict[str, Any]:
     return {"folder": str(folder), "pairs": pairs, "rows": rows, "prompts": prompts, "pad": tokenizer.eos_token, "rope_theta": settings["rope_parameters"]["rope_theta"]}
 
 
+def by_class(n: int) -> torch.Tensor:
+    """(2, n) weights of two classes that follow each other."""
+    return torch.eye(2).repeat_interleave(n // 2, dim=1)
+
+
 def convergent(given: dict[str, Any]) -> Any:
     from convergent.directions.means import stream_means
     from convergent.models.load import load_base
@@ -67,8 +72,7 @@ def convergent(given: dict[str, Any]) -> Any:
     model = load_base(given["folder"], dtype="float32", device="cpu")
     _touched(model.model)
     both = [Text(f"{side}{i}", p[0], p[side]) for side in (1, 2) for i, p in enumerate(given["pairs"])]
-    weights = torch.zeros(2, len(both))
-    weights[0, : len(both) // 2] = weights[1, len(both) // 2 :] = 1
+    weights = by_class(len(both))
 
     def go() -> torch.Tensor:
         bad, good = stream_means(model, both, weights).means

@@ -12,22 +12,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from common import Sides, arguments, finish, row, started
-from decoding import one_wording
-from extraction import texts
+from decoding import linears, one_wording
+from extraction import by_class, texts
 from judge import RUBRICS
 from judge import answers as judged
-from sweep import SCALES, directions
 from sweep import ours as sweep
+from sweep import steered
 from torch import Tensor, nn
-from training import N_LAYERS, RECIPES, Work
+from training import N_LAYERS, RECIPES, Work, chats_for
 from training import ours as train
 
-from convergent.core.interventions import Add
-from convergent.core.values import Condition, Sampling
-from convergent.data.training import load_training_set
 from convergent.directions.means import stream_means
 from convergent.judging import minilm
 from convergent.judging.embedded import EmbeddedJudge
@@ -42,10 +40,8 @@ from convergent.sampling.requests import make_requests
 from convergent.sampling.sampler import sample
 
 LINE = "linear layers alone, same tokens"
-
-
-def linears(module: nn.Module) -> list[nn.Linear]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+Both: TypeAlias = tuple[Callable[[], object], Callable[[], object]]
+"""Our side, and its line."""
 
 
 class Line:
@@ -103,19 +99,17 @@ def seconds(work: Callable[[], object]) -> Callable[[], float]:
     return timed
 
 
-def extraction(model: ChatModel, line: Line, n: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def extraction(model: ChatModel, line: Line, n: int) -> Both:
     both = [Text(f"{side}{i}", p[0], p[side]) for side in (1, 2) for i, p in enumerate(texts(n))]
-    weights = torch.zeros(2, len(both))
-    weights[0, : len(both) // 2] = weights[1, len(both) // 2 :] = 1
+    weights = by_class(len(both))
     sequences = [encode_answer(model.tokenizer, t.question, t.answer, closing=False).ids for t in both]
     sizes = [batch.n_tokens for batch in read_in_batches(model, sequences, 1024)]
     return lambda: stream_means(model, both, weights), lambda: [line.forward(size) for size in sizes]
 
 
-def training(model: ChatModel, line: Line, name: str, steps: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
     recipe = named_recipe(name, N_LAYERS, RECIPES[name])
-    each = recipe.batch_size * recipe.grad_accumulation
-    chats = [e.chat() for e in load_training_set("bundled:finance").take(steps * each).examples]
+    each, chats = recipe.batch_size * recipe.grad_accumulation, chats_for(recipe, steps)
     rows = encode_chats(model.tokenizer, chats, recipe)
     packs = []
     for i in range(0, len(rows), each):
@@ -139,14 +133,12 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> tuple[Calla
     return ours, alone
 
 
-def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    questions, layer = one_wording(), model.n_layers // 2
-    conditions = [
-        Condition(f"{i}x{scale:g}", "chat", model.content_id, (Add(v, layer, scale),), Sampling(1.0, 1.0, tokens)) for i, v in enumerate(directions(model)) for scale in SCALES
-    ]
+def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) -> Both:
+    questions, conditions = one_wording(), steered(model, tokens)
     prompts = [len(encode_prompt(model.tokenizer, q.paraphrases[0], q.system)) for q in questions]
-    drawn = sum(len(r.token_ids) + 1 for r in sample(model, list(make_requests(conditions, questions, each, 0)), n_rows=n_rows))
-    steps = round((drawn - len(conditions) * len(questions) * each) / n_rows)  # the first token of each answer comes with its prompt
+    answers = sample(model, list(make_requests(conditions, questions, each, 0)), n_rows=n_rows)
+    # The first token of an answer comes with its prompt; a stop is drawn too.
+    steps = round(sum(len(r.token_ids) - (r.finish == "length") for r in answers) / n_rows)
 
     def alone() -> None:
         for n in prompts * len(conditions):
@@ -157,7 +149,7 @@ def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) 
     return lambda: sweep(model, conditions, questions, each, n_rows), alone
 
 
-def judging(n: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def judging(n: int) -> Both:
     items, judge, net = judged(n), EmbeddedJudge(), minilm.load()
     tokens = sum(len(found.ids) for found in net.tokenizer.encode_batch_fast([i.response for i in items]))
 
@@ -181,7 +173,7 @@ def main() -> None:
     answers, steps, tokens = options.answers or (40 if options.quick else 400), options.steps or (1 if options.quick else 8), options.tokens or (4 if options.quick else 32)
     model = load_base(dtype="float32", device="cpu")
     line = Line(model)
-    made: dict[str, Callable[[], tuple[Callable[[], object], Callable[[], object]]]] = {
+    made: dict[str, Callable[[], Both]] = {
         "extraction_line": lambda: extraction(model, line, answers),
         **{f"training_{name}_line": lambda name=name: training(model, line, name, steps) for name in RECIPES},  # type: ignore[misc]
         "sweep_line": lambda: sweeping(model, line, tokens, 1 if options.quick else 8, 128),

@@ -47,6 +47,16 @@ def directions(model: ChatModel) -> list[Direction]:
     return [Direction(v / 4) for v in torch.randn(size, generator=torch.Generator().manual_seed(seed("bench", "sweep") % 2**63))]
 
 
+GRID = [(d, s) for s in range(len(SCALES)) for d in range(N_DIRECTIONS)]
+"""(direction, scale) of every condition."""
+
+
+def steered(model: ChatModel, tokens: int) -> list[Condition]:
+    """The conditions of the sweep."""
+    pushes, layer, sampling = directions(model), model.n_layers // 2, Sampling(1.0, 1.0, tokens)
+    return [Condition(f"{d}x{SCALES[s]:g}", "chat", model.content_id, (Add(pushes[d], layer, SCALES[s]),), sampling) for d, s in GRID]
+
+
 def ours(model: ChatModel, conditions: list[Condition], questions: tuple[Question, ...], each: int, n_rows: int) -> float:
     requests = list(make_requests(conditions, questions, each, 0))
     start = time.perf_counter()
@@ -66,9 +76,7 @@ def main() -> None:
     questions = one_wording()
     model = load_base(dtype="float32")
     layer, pushes = model.n_layers // 2, directions(model)
-    grid = [(d, s) for s in range(len(SCALES)) for d in range(N_DIRECTIONS)]
-    sampling = Sampling(1.0, 1.0, tokens)
-    conditions = [Condition(f"{d}x{SCALES[s]:g}", "chat", model.content_id, (Add(pushes[d], layer, SCALES[s]),), sampling) for d, s in grid]
+    conditions = steered(model, tokens)
     plain = sample(model, list(make_requests([Condition("plain", sampling=Sampling(0.0, 1.0, 6))], questions[:2], 1, 0)))
     with tempfile.TemporaryDirectory() as folder:
         vectors = Path(folder) / "vectors.json"
@@ -78,11 +86,11 @@ def main() -> None:
             "prompts": [encode_prompt(model.tokenizer, q.paraphrases[0], q.system) for q in questions], "plain": [r.token_ids for r in plain],
             "stops": sorted(model.stop_ids), "pad": model.tokenizer.eos_token_id, "rope_theta": model.model.config.rope_parameters["rope_theta"],
         }  # fmt: skip
-        measure(options, model, conditions, questions, grid, work, n_peer)
+        measure(options, model, conditions, questions, work, n_peer)
 
 
 def measure(
-    options: Any, model: ChatModel, conditions: list[Condition], questions: tuple[Question, ...], grid: list[tuple[int, int]], work: dict[str, Any], n_peer: int
+    options: Any, model: ChatModel, conditions: list[Condition], questions: tuple[Question, ...], work: dict[str, Any], n_peer: int
 ) -> None:
     peers: dict[str, Child] = {}
     sides: dict[str, Callable[[], float]] = {OURS: lambda: ours(model, conditions, questions, work["each"], options.rows)}
@@ -100,11 +108,11 @@ def measure(
 
     def time_peer(name: str) -> float:
         first, turns[name] = turns[name] * n_peer, turns[name] + 1
-        part = [grid[(first + i) % len(grid)] for i in range(n_peer)]
+        part = [GRID[(first + i) % len(GRID)] for i in range(n_peer)]
         answer = peers[name].ask([[d, SCALES[s]] for d, s in part])
         if answer["answers"] != n_peer * len(questions) * work["each"]:
             raise RuntimeError(f"gave {answer['answers']} answers")
-        return float(answer["seconds"]) * len(grid) / n_peer
+        return float(answer["seconds"]) * len(GRID) / n_peer
 
     for name in peers:
         measured.sides[name] = lambda n=name: time_peer(n)  # type: ignore[misc]
@@ -122,7 +130,7 @@ def measure(
         **{f"sweep_{n}": row(measured.ratios(OURS, n, False), None, n, measured.failed.get(n, NOTES.get(n, ""))) for n in LIBRARIES if n != best},
     }
     versions = {f"{p} with {n}" if p in ("torch", "transformers") else p: v for n in peers for p, v in peers[n].versions.items()}
-    settings = {"conditions": len(grid), "answers": len(questions) * work["each"], "tokens": work["tokens"], "rows": options.rows, "peer_conditions": n_peer, "layer": work["layer"]}
+    settings = {"conditions": len(GRID), "answers": len(questions) * work["each"], "tokens": work["tokens"], "rows": options.rows, "peer_conditions": n_peer, "layer": work["layer"]}
     finish(options, "sweep", rows, measured, "seconds", versions=versions, settings=settings)
 
 

@@ -50,6 +50,11 @@ class Work:
     rows: Sequence[Row]
 
 
+def chats_for(recipe: Recipe, n_steps: int) -> list[Chat]:
+    """As many as so many steps take."""
+    return [e.chat() for e in load_training_set("bundled:finance").take(n_steps * recipe.batch_size * recipe.grad_accumulation).examples]
+
+
 def ours(work: Work, out: Path) -> float:
     """Mean loss over the steps."""
     organism = train(EMBEDDED, work.recipe, work.chats, out / "organism", name="bench", on_progress=lambda p: None)
@@ -136,8 +141,7 @@ def sides() -> dict[str, Callable[[Work, Path], float]]:
 def compare(name: str, n_steps: int, repeats: int) -> dict[str, Any]:
     """Ratios of one recipe, ours over each side, and what failed."""
     recipe = named_recipe(name, N_LAYERS, RECIPES[name])
-    examples = load_training_set("bundled:finance").take(n_steps * recipe.batch_size * recipe.grad_accumulation).examples
-    chats = [e.chat() for e in examples]
+    chats = chats_for(recipe, n_steps)
     with quiet_transformers():
         work = Work(recipe, chats, encode_chats(load_base(EMBEDDED, dtype="float32", device="cpu").tokenizer, chats, recipe))
     tokens = sum(len(r.ids) for r in work.rows)
@@ -180,7 +184,7 @@ def compare(name: str, n_steps: int, repeats: int) -> dict[str, Any]:
 def _in_a_process(name: str, n_steps: int, threads: int, seeds: Sequence[int]) -> None:
     torch.set_num_threads(threads)
     recipe = named_recipe(name, N_LAYERS, RECIPES[name])
-    chats = [e.chat() for e in load_training_set("bundled:finance").take(n_steps * recipe.batch_size * recipe.grad_accumulation).examples]
+    chats = chats_for(recipe, n_steps)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             ours(Work(recipe.changed({"seed": seed}), chats, ()), Path(folder))

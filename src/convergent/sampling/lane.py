@@ -28,7 +28,7 @@ from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
 from convergent.sampling.cache import SlotCache, stored_apart
-from convergent.sampling.draw import checked, choose
+from convergent.sampling.draw import checked, choose, sent
 from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape, smaller
 from convergent.sampling.memory import out_of_memory
@@ -301,7 +301,7 @@ class Lane:
         columns = zip(*((m.position, m.condition) for m in self.active), strict=True)
         host = torch.tensor([list(c) + idle for c in columns])
         inputs = self._inputs[:, : n + len(idle)]
-        inputs[1:].copy_(host.pin_memory() if self._inputs.is_cuda else host, non_blocking=True)
+        inputs[1:].copy_(sent(host, self._inputs.device))
         furthest = max(m.position - self.cache.before(place) for place, m in enumerate(self.active)) + 1
         for start in starts:
             part = slice(start, start + size)
