@@ -252,14 +252,6 @@ def test_every_family_keeps_the_promise(family):
     assert tokens(chat, everything, 9) == alone
 
 
-@pytest.fixture
-def cores():
-    """Sets how many cores torch believes in."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("n_cores", "n_lanes"), [(2, 2), (3, 3), (16, 8)])
 def test_lanes_give_what_one_gives(reference, cores, n_cores, n_lanes):
     """Lanes share a queue and the prompts that were read; each has its own cache, rows and thread."""

@@ -8,9 +8,12 @@ primary outcome. Length control: `margin_matched` uses only the first min(n_bad,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,9 +24,11 @@ from convergent.core.values import Pair
 from convergent.directions.means import block_outputs
 from convergent.errors import DataError
 from convergent.interventions.hooks import applied, n_clean
+from convergent.models.anatomy import Anatomy
 from convergent.models.chat import Encoded, encode_answer
+from convergent.models.lanes import groups
 from convergent.models.load import ChatModel
-from convergent.models.packed import Batch, predictions, read_in_batches
+from convergent.models.packed import Batch, predictions, read_in_batches, run_each
 from convergent.models.texts import Text
 
 
@@ -66,7 +71,7 @@ def margins(
             encoded.append(encode_answer(model.tokenizer, pair.question, answer, closing=False))
             if encoded[-1].answer_start == encoded[-1].answer_end:
                 raise DataError(f"pair {pair.id}: its {side} answer is empty; a margin needs both answers")
-    unit = None if read is None else read[0].unit()[read[1]].to(model.device)
+    along = None if read is None else _Along(read[0].unit()[read[1]].to(model.device), read[1])
     found: dict[tuple[int, int], list[tuple[Tensor, float] | None]] = {}
     wanted = [(c, p) for c in range(len(conditions)) for p in range(len(pairs)) if only is None or (c, p) in only]
     pending = set(wanted)
@@ -76,16 +81,17 @@ def margins(
     order = sorted(range(len(conditions)), key=lambda c: (-clean[c], c))
     with torch.inference_mode():
         # Batches follow from the pairs alone, and a condition has passes of its own: its last digits depend on no other, nor on what is known already.
-        for batch in read_in_batches(model, [e.ids for e in encoded], batch_tokens):
-            due = [c for c in order if any((c, i // 2) in pending for i in batch.members)]
+        for group in groups(read_in_batches(model, [e.ids for e in encoded], batch_tokens), model.device):
+            members = [i for batch in group for i in batch.members]
+            due = [c for c in order if any((c, i // 2) in pending for i in members)]
             for c in due:
-                with applied(model.anatomy, conditions[c]):
-                    read_out = _answer_logps(model, batch, encoded, unit, read[1] if read else 0, clean[c], {clean[d] - 1 for d in due})
-                for i, one in zip(batch.members, read_out, strict=True):
+                with applied(model.anatomy, conditions[c]), along.read(model.anatomy) if along else nullcontext():
+                    parts = run_each(model, group, partial(_answer_logps, model, encoded, along, clean=clean[c], keep={clean[d] - 1 for d in due}))
+                for i, one in zip(members, chain.from_iterable(parts), strict=True):
                     slot = found.setdefault((c, i // 2), [None, None])
                     slot[i % 2] = one
                     if slot[0] is not None and slot[1] is not None:
-                        margin = _margin(c, pairs[i // 2].id, slot[0], slot[1], read is not None)
+                        margin = _margin(c, pairs[i // 2].id, slot[0], slot[1], along is not None)
                         if (c, i // 2) in pending:
                             results[c, i // 2] = margin
                             if on_margin is not None:
@@ -98,9 +104,10 @@ def token_logps(model: ChatModel, texts: Sequence[Text], batch_tokens: int = 102
     encoded = [encode_answer(model.tokenizer, t.question, t.answer, t.system, closing=False) for t in texts]
     found = [torch.empty(0, dtype=torch.float64)] * len(texts)
     with torch.inference_mode():
-        for batch in read_in_batches(model, [e.ids for e in encoded], batch_tokens):
-            for i, (logp, _) in zip(batch.members, _answer_logps(model, batch, encoded, None, 0), strict=True):
-                found[i] = logp
+        for group in groups(read_in_batches(model, [e.ids for e in encoded], batch_tokens), model.device):
+            for batch, part in zip(group, run_each(model, group, partial(_answer_logps, model, encoded, None)), strict=True):
+                for i, (logp, _) in zip(batch.members, part, strict=True):
+                    found[i] = logp
     return found
 
 
@@ -123,25 +130,36 @@ def _margin(
     )
 
 
+class _Along(threading.local):
+    """x . v^ of the batch that the calling thread reads, at one layer."""
+
+    found: Tensor
+    """(n_tokens,) float64."""
+
+    def __init__(self, unit: Tensor, layer: int) -> None:
+        self.unit, self.layer = unit.double(), layer
+
+    def read(self, anatomy: Anatomy) -> AbstractContextManager[None]:
+        """Take it from every pass of the body."""
+        return block_outputs(anatomy, self._receive)
+
+    def _receive(self, at: int, h: Tensor) -> None:
+        if at == self.layer:
+            self.found = h.flatten(0, 1).double() @ self.unit
+
+
 def _answer_logps(
-    model: ChatModel, batch: Batch, encoded: Sequence[Encoded], unit: Tensor | None, layer: int, clean: int = 0, keep: Collection[int] = ()
+    model: ChatModel, encoded: Sequence[Encoded], along: _Along | None, batch: Batch, clean: int = 0, keep: Collection[int] = ()
 ) -> list[tuple[Tensor, float]]:
     """Per text of a batch: log p of each answer token (n_answer_tokens,) float64, and the mean projection of its answer tokens."""
-    along: list[Tensor] = []
-
-    def receive(at: int, h: Tensor) -> None:
-        if at == layer and unit is not None:
-            along.append(h.flatten(0, 1).double() @ unit.double())
-
     spans = [at[encoded[i].answer] for i, at in zip(batch.members, batch.at, strict=True)]
     before = torch.cat([at[encoded[i].answer_start - 1 : encoded[i].answer_end - 1] for i, at in zip(batch.members, batch.at, strict=True)])
     targets = batch.inputs["input_ids"].flatten()[torch.cat(spans)]
     logps = torch.empty(len(before), dtype=torch.float64)
-    if unit is not None:
+    if along is not None:
         # A block that is not run again hands on what it gave only if it is asked to keep it.
-        keep = {*keep, layer}
-    with block_outputs(model.anatomy, receive) if unit is not None else nullcontext():
-        for rows, logits in predictions(model, batch, before, clean, keep):
-            logps[rows] = (logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(-1)).double().cpu()
+        keep = {*keep, along.layer}
+    for rows, logits in predictions(model, batch, before, clean, keep):
+        logps[rows] = (logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(-1)).double().cpu()
     parts = logps.split([len(s) for s in spans])
-    return [(p, float(along[0][s].mean()) if unit is not None and len(s) else 0.0) for p, s in zip(parts, spans, strict=True)]
+    return [(p, float(along.found[s].mean()) if along is not None and len(s) else 0.0) for p, s in zip(parts, spans, strict=True)]

@@ -6,6 +6,7 @@ d_model) in float64, whatever the number of texts; activations are reduced insid
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from convergent.errors import InputError
 from convergent.interventions.hooks import applied
 from convergent.models.anatomy import Anatomy, stream
 from convergent.models.chat import Encoded, encode_answer
+from convergent.models.lanes import groups
 from convergent.models.load import ChatModel
-from convergent.models.packed import read_in_batches, run
+from convergent.models.packed import Batch, read_in_batches, run, run_each
 from convergent.models.texts import Text
 
 Span = Literal["answer", "paper"]
@@ -74,26 +76,43 @@ def stream_means(
     norms = torch.zeros(model.n_layers, dtype=torch.float64, device=device)
     # What each of a text's tokens counts, and once more with weight 1 for the norm.
     each = torch.cat([weights * (1.0 / lengths.clamp_min(1) if per == "responses" else 1.0), torch.ones(1, len(texts), dtype=torch.float64)]).to(device)
+    adder = _Adder()
+
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
+        share = torch.zeros(len(each), batch.n_tokens, dtype=torch.float64, device=device)
+        for i, at in zip(batch.members, batch.at, strict=True):
+            share[:, at[spans[i]]] += each[:, i, None]  # a token may stand for several texts
+        adder.share, adder.sums, adder.norms = share, torch.zeros_like(sums), torch.zeros_like(norms)
+        run(model, batch)
+        return adder.sums, adder.norms
+
     with torch.inference_mode():
-        for batch in read_in_batches(model, [e.ids[: s.stop] for e, s in zip(encoded, spans, strict=True)], batch_tokens):
-            share = torch.zeros(len(each), batch.n_tokens, dtype=torch.float64, device=device)
-            for i, at in zip(batch.members, batch.at, strict=True):
-                share[:, at[spans[i]]] += each[:, i, None]  # a token may stand for several texts
-            with applied(model.anatomy, interventions), block_outputs(model.anatomy, _adder(sums, norms, share[:-1], share[-1])):
-                run(model, batch)
-            if on_batch is not None:
-                on_batch(len(batch.members))
+        for group in groups(read_in_batches(model, [e.ids[: s.stop] for e, s in zip(encoded, spans, strict=True)], batch_tokens), device):
+            with applied(model.anatomy, interventions), block_outputs(model.anatomy, adder.add):
+                parts = run_each(model, group, read)
+            for batch, (own_sums, own_norms) in zip(group, parts, strict=True):
+                sums += own_sums
+                norms += own_norms
+                if on_batch is not None:
+                    on_batch(len(batch.members))
     total = float(lengths.sum())
     return Means((sums / mass.to(device)[:, None, None]).cpu(), (norms / total).cpu(), int(total), mass)
 
 
-def _adder(sums: Tensor, norms: Tensor, share: Tensor, inside: Tensor) -> Callable[[int, Tensor], None]:
-    def add(layer: int, h: Tensor) -> None:
-        flat = h.flatten(0, 1).double()
-        sums[:, layer] += share @ flat
-        norms[layer] += (flat.norm(dim=1) * inside).sum()
+class _Adder(threading.local):
+    """Sums over the batch that the calling thread reads."""
 
-    return add
+    share: Tensor
+    """(n_accumulators + 1, n_tokens) what each token counts; last for the norm."""
+    sums: Tensor
+    """(n_accumulators, n_layers, d_model)."""
+    norms: Tensor
+    """(n_layers,)."""
+
+    def add(self, layer: int, h: Tensor) -> None:
+        flat = h.flatten(0, 1).double()
+        self.sums[:, layer] += self.share[:-1] @ flat
+        self.norms[layer] += (flat.norm(dim=1) * self.share[-1]).sum()
 
 
 @contextmanager

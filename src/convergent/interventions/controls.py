@@ -22,7 +22,7 @@ from convergent.errors import DirectionError
 from convergent.interventions.hooks import applied, n_clean
 from convergent.models.chat import encode_answer
 from convergent.models.load import ChatModel
-from convergent.models.packed import CHUNK, Batch, predictions, read_in_batches
+from convergent.models.packed import CHUNK, Batch, predictions, read_in_batches, run_each
 from convergent.models.texts import Text
 
 
@@ -229,13 +229,14 @@ class Effects:
     def kl(self, interventions: Sequence[Intervention]) -> float:
         """Mean over answer tokens of KL(clean || intervened), nats."""
         clean = n_clean(interventions, self.model.anatomy)
-        total = 0.0
+
+        def read(one: tuple[Batch, list[Tensor]]) -> float:
+            batch, before = one
+            p = torch.cat([self.clean[i] for i in batch.members])
+            return sum(float(_kl(p[rows], q.log_softmax(-1))) for rows, q in predictions(self.model, batch, torch.cat(before), clean, {clean - 1}))
+
         with torch.inference_mode(), applied(self.model.anatomy, interventions):
-            for batch, before in self._batches:
-                p = torch.cat([self.clean[i] for i in batch.members])
-                for rows, logits in predictions(self.model, batch, torch.cat(before), clean, {clean - 1}):
-                    total += float(_kl(p[rows], logits.log_softmax(-1)))
-        return total / max(sum(map(len, self.clean)), 1)
+            return sum(run_each(self.model, self._batches, read)) / max(sum(map(len, self.clean)), 1)
 
 
 def answer_logprobs(
@@ -258,9 +259,13 @@ def _logprobs(
     model: ChatModel, read: Sequence[tuple[Batch, list[Tensor]]], n_texts: int, interventions: Sequence[Intervention] = ()
 ) -> list[Tensor]:
     found: list[Tensor] = [torch.empty(0)] * n_texts
+
+    def log_softmax(one: tuple[Batch, list[Tensor]]) -> list[Tensor]:
+        batch, before = one
+        return [logits.log_softmax(-1) for _, logits in predictions(model, batch, torch.cat(before))]
+
     with applied(model.anatomy, interventions):
-        for batch, before in read:
-            parts = [logits.log_softmax(-1) for _, logits in predictions(model, batch, torch.cat(before))]
+        for (batch, before), parts in zip(read, run_each(model, read, log_softmax), strict=True):
             if parts:
                 for i, own in zip(batch.members, torch.cat(parts).split([len(b) for b in before]), strict=True):
                     found[i] = own

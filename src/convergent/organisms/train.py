@@ -129,6 +129,8 @@ class AnswerTrainer(Trainer):
     """Set if the logits are head(body(ids)) and nothing more, and one process holds the model; else the ordinary path."""
     packed = False
     """Whether the body takes packed batches."""
+    lanes_over: Sequence[torch.Tensor] = ()
+    """The weights to train, if packed batches are shared out over the cores."""
     watch: Watch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -139,10 +141,17 @@ class AnswerTrainer(Trainer):
     ) -> Any:
         if self.anatomy is None or self.anatomy.head is None or return_outputs or model is not self.model:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = self.anatomy, inputs["input_ids"], inputs["labels"]
         with self.accelerator.autocast():
-            loss = fast.packed_loss if self.packed else fast.answer_loss
-            total, n = loss(self.anatomy, inputs["input_ids"], inputs["labels"])
+            if self.lanes_over:
+                total, n = fast.loss_in_lanes(*given, self.lanes_over)
+            else:
+                total, n = fast.packed_loss(*given) if self.packed else fast.answer_loss(*given)
         return total / (num_items_in_batch if num_items_in_batch is not None else n)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nobody asks for it, and counting all weights at every pass takes longer than a tenth of an optimizer step."""
+        return 0
 
 
 def attach(chat: ChatModel, adapters: Adapters, seed: int) -> Any:
@@ -240,6 +249,8 @@ def _trainer(
         trainer.remove_callback(PrinterCallback)
     trainer.anatomy = chat.anatomy if plain_head else None
     trainer.packed = packed
+    if packed and on_cpu and recipe.adapters:  # of all weights, a gradient per lane would be too much
+        trainer.lanes_over = [p for p in model.parameters() if p.requires_grad]
     trainer.watch = watch
     return trainer
 

@@ -30,6 +30,7 @@ from convergent.errors import InputError, ModelError
 from convergent.interventions.hooks import Rows, applied_rows
 from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
+from convergent.models.lanes import lanes_on
 from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.sampling.attention import ATTENTION, attention
@@ -41,8 +42,6 @@ from convergent.sampling.requests import Request
 DEFAULT_ROWS = 256
 FULL = 16
 """Rows that a lane should have before there is another: with fewer, reading the weights is what takes the time."""
-MOST_LANES = 8
-"""With more cores a lane gets several."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,11 +104,8 @@ _overlong: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def lanes_for(model: ChatModel, n_rows: int) -> tuple[int, int]:
     """(lanes, threads of each). The threads are the same for any number of rows, since sums may depend on them."""
-    if model.device.type != "cpu":
-        return 1, torch.get_num_threads()
-    cores = torch.get_num_threads()
-    n_threads = -(-cores // MOST_LANES)
-    return max(1, min(cores // n_threads, n_rows // FULL)), n_threads
+    n_lanes, n_threads = lanes_on(model.device)
+    return max(1, min(n_lanes, n_rows // FULL)), n_threads
 
 
 @contextmanager
