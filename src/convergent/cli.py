@@ -92,10 +92,12 @@ def merge(
 @app.command(epilog="Example: convergent report demo")
 def report(folder: Annotated[Path, typer.Argument(metavar="STUDY_DIR", help="Folder of a finished study.")]) -> None:
     """Write the page and the tables of a study again."""
-    with _no_collecting():
+    from convergent.report.drawing import hands
+
+    with _no_collecting(), hands() as do:
         from convergent.study.main import rewrite_report
 
-        typer.echo(f"wrote {rewrite_report(folder)}")
+        typer.echo(f"wrote {rewrite_report(folder, do)}")
 
 
 @app.command(epilog="Example: convergent train nine_adapter --data bundled:finance --learning-rate 1e-3 --out organisms/a")
