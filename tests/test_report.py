@@ -301,6 +301,12 @@ def test_hands_that_fail_say_so() -> None:
         list(do(_dies, [1]))
 
 
+def test_a_report_is_gathered_without_what_takes_long_to_import() -> None:
+    dear = {"matplotlib", "transformers", "sklearn", "scipy.stats"}  # drawing is others' work, see `hands`
+    code = f"import sys, convergent.study.main; print(sorted({dear!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def _fails(_: int) -> None:
     raise DataError("an error of theirs")
 
