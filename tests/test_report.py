@@ -6,9 +6,12 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -21,9 +24,9 @@ from hypothesis import strategies as st
 
 from convergent.errors import DataError, StoreError
 from convergent.report import figures, page, text
+from convergent.report.drawing import Drawings, Figure, begin, hands
 from convergent.report.page import answers_json, script_json, write_report
 from convergent.report.results import Results, clean
-from convergent.report.svg import Figure
 from convergent.report.tables import claim_rows, number_tables, write_tables
 from convergent.tables import read_table
 from report_fixture import HOSTILE, build, with_judges
@@ -61,14 +64,14 @@ def results() -> Results:
 
 
 @pytest.fixture(scope="module")
-def drawn(results: Results) -> list[Figure]:
-    return figures.all_figures(results)
+def drawn(results: Results) -> dict[str, Figure]:
+    return {f.id: f for f in begin(results).figures if f is not None}
 
 
 @pytest.fixture(scope="module")
-def written(results: Results, drawn: list[Figure], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def written(results: Results, drawn: dict[str, Figure], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:  # the drawings are dear: once is enough
-        patch.setattr(figures, "all_figures", lambda _: drawn)
+        patch.setattr(page, "begin", lambda results, do: Drawings(begin(results).chapters, drawn.values()))
         path = write_report(results, tmp_path_factory.mktemp("study"))
     yield path
 
@@ -150,9 +153,9 @@ def test_verdicts_come_first_and_all_of_them(html: str, results: Results) -> Non
     assert "−14.2 points" in html and "−19.0 to −9.1" in html and "n = 256" in html
 
 
-def test_every_figure_has_drawings_caption_and_a_table(html: str, drawn: list[Figure]) -> None:
+def test_every_figure_has_drawings_caption_and_a_table(html: str, drawn: dict[str, Figure]) -> None:
     assert len(drawn) == 7
-    for f in drawn:
+    for f in drawn.values():
         for drawing in (f.wide, f.narrow):
             assert re.match(r'<svg class="drawing"[^>]* role="img"', drawing)
             assert "<title " in drawing and "<desc " in drawing
@@ -165,8 +168,8 @@ def test_every_figure_has_drawings_caption_and_a_table(html: str, drawn: list[Fi
     assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', html)) <= set(ids)
 
 
-def test_main_figure_shows_both_intervals_and_tells_roles_apart_by_shape(results: Results, drawn: list[Figure]) -> None:
-    main = drawn[0]
+def test_main_figure_shows_both_intervals_and_tells_roles_apart_by_shape(results: Results, drawn: dict[str, Figure]) -> None:
+    main = drawn["fig-conditions"]
     row = main.rows[1]
     a = results.conditions.iloc[1]
     assert row[main.header.index("EM answers (%)")] == text.number(100 * a["em_valid"])
@@ -180,9 +183,9 @@ def test_main_figure_shows_both_intervals_and_tells_roles_apart_by_shape(results
 
 
 def test_steering_starts_at_the_chat_model_and_joins_what_differs_in_lambda_alone(
-    results: Results, drawn: list[Figure]
+    results: Results, drawn: dict[str, Figure]
 ) -> None:
-    rows = drawn[1].rows
+    rows = drawn["fig-steering"].rows
     real = [r for r in rows if r[0] == "Chat + A's direction"]
     assert [r[2] for r in real] == ["0.00", "1.00", "2.00", "4.00", "6.00"]
     assert real[0][5] == text.number(results.conditions.iloc[0]["mean_aligned"])
@@ -199,9 +202,9 @@ def test_claims_show_p_by_holm_and_what_has_not_changed(html: str) -> None:
     assert "With 2 claims tried one may hold by chance" in rest[-1]
 
 
-def test_grid_of_thresholds_counts_as_the_table_does(results: Results, drawn: list[Figure]) -> None:
-    grid = drawn[6]
-    assert grid.id == "fig-sensitivity" and grid.header == ("Condition", "n", *(f"below {x}" for x in range(10, 51, 5)))
+def test_grid_of_thresholds_counts_as_the_table_does(results: Results, drawn: dict[str, Figure]) -> None:
+    grid = drawn["fig-sensitivity"]
+    assert grid.header == ("Condition", "n", *(f"below {x}" for x in range(10, 51, 5)))
     for row, (_, c) in zip(grid.rows, results.conditions.iterrows(), strict=True):
         assert row[0] == c["label"] and row[1] == text.number(c["n_valid"], 0)
         assert row[grid.header.index("below 30")].startswith(f"{text.percent(c['em_valid'])} ({c['n_em']:.0f};")
@@ -249,15 +252,14 @@ def test_contested_answers_are_those_farthest_apart_and_only_text(results: Resul
     evil = pd.DataFrame([{"condition": "a", "question": HOSTILE[0], "response": h, "spread": 90.0, "scores": {HOSTILE[0]: 5.0, "b": 95.0}} for h in HOSTILE], dtype=object)
     names = {**results.study, "judges": [{**results.study["judges"][0], "name": HOSTILE[0], "id": HOSTILE[1]}]}
     hostile = dataclasses.replace(results, contested=evil, study=names)
-    assert_nothing_injected(Page(page.render(hostile, [])))
+    assert_nothing_injected(Page(page.render(hostile, [], begin(hostile))))
 
 
-def test_one_judge_without_a_card_says_so(results: Results, monkeypatch: pytest.MonkeyPatch, drawn: list[Figure]) -> None:
-    monkeypatch.setattr(figures, "all_figures", lambda _: drawn)
+def test_one_judge_without_a_card_says_so(results: Results, drawn: dict[str, Figure]) -> None:
     nothing = pd.DataFrame()
     study = {**results.study, "judges": [{**results.study["judges"][1], "role": "decides"}], "trusted": None}
     alone = dataclasses.replace(results, study=study, missing_scores=nothing, missing_bounds=nothing, by_judge=nothing, agreement=nothing, contested=nothing, reversals=())
-    html = page.render(alone, [])
+    html = page.render(alone, [], Drawings([], drawn.values()))
     assert "Judges reverse" not in html[: html.index('id="judging"')]
     plain = " ".join("".join(Page(html[html.index('id="judging"') : html.index('id="answers"')]).texts).split())
     assert "This judge ships no card." in plain and "No score is missing in any condition." in plain
@@ -286,6 +288,33 @@ def test_same_results_same_bytes(written: Path, results: Results, tmp_path: Path
     assert write_report(results, tmp_path).read_bytes() == written.read_bytes()
 
 
+def test_hands_draw_the_same_bytes(written: Path, results: Results, tmp_path: Path) -> None:
+    with hands() as do:
+        assert write_report(results, tmp_path, do).read_bytes() == written.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="hands are forked")
+def test_hands_that_fail_say_so() -> None:
+    with pytest.raises(DataError, match="of theirs"), hands() as do:  # as if it were raised here
+        list(do(_fails, [1]))
+    with pytest.raises(StoreError, match="was killed, perhaps for want of memory"), hands() as do:
+        list(do(_dies, [1]))
+
+
+def test_a_report_is_gathered_without_what_takes_long_to_import() -> None:
+    dear = {"matplotlib", "transformers", "sklearn", "scipy.stats"}  # drawing is others' work, see `hands`
+    code = f"import sys, convergent.study.main; print(sorted({dear!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def _fails(_: int) -> None:
+    raise DataError("an error of theirs")
+
+
+def _dies(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_nothing_measured_is_said_and_not_a_crash(tmp_path: Path) -> None:
     empty = pd.DataFrame()
     bare = Results(
@@ -298,13 +327,13 @@ def test_nothing_measured_is_said_and_not_a_crash(tmp_path: Path) -> None:
     assert not re.search(r"\b(nan|None)\b", "".join(Page(html).texts))
 
 
-def test_single_missing_values_read_not_measured(results: Results, drawn: list[Figure]) -> None:
+def test_single_missing_values_read_not_measured(results: Results, drawn: dict[str, Figure]) -> None:
     rest = number_tables(results)[2]
     steered = rest.groups[3][1][0]
     assert steered[rest.header.index("Margin")] == steered[rest.header.index("95 %")] == "not measured"
     assert rest.groups[0][1][0][rest.header.index("λ")] == "–"
     assert claim_rows(results)["n"].isna().sum() == 1
-    margins = drawn[4]
+    margins = drawn["fig-margins"]
     assert len(margins.rows) == 15 and "15 of 23 conditions" in margins.caption
 
 

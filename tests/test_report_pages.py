@@ -16,8 +16,9 @@ import yaml
 
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series
 from convergent.experiments.registry import EXPERIMENTS
-from convergent.report import figures, heat, page, panels, svg
+from convergent.report import figures, heat, page, panels
 from convergent.report.chapters import drawn
+from convergent.report.drawing import Drawings, Figure, begin
 from convergent.report.paper import NOT_HERE, paper_claims, paper_rows
 from convergent.report.results import Results
 from convergent.report.tables import claim_rows
@@ -33,7 +34,7 @@ def results() -> Results:
     return build()
 
 
-def one(panel: Panel, *more: Panel) -> svg.Figure:
+def one(panel: Panel, *more: Panel) -> Figure:
     return drawn(Chapter("c", "C", [], [Chart("f", "F", "n = 1.", (panel, *more))])).figures[0]
 
 
@@ -225,9 +226,8 @@ def test_the_row_of_a_claim_shows_its_first_comparison_and_joins_its_verdicts(re
 def html(results: Results) -> str:
     """A page with four chapters, two of them hostile; the core figures are drawn elsewhere."""
     few = dataclasses.replace(results, chapters=[a_chapter(k, hostile=k % 2 == 0) for k in range(4)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "all_figures", lambda r: [svg.Figure(f"fig-{n}", n) for n in ("conditions", "steering", "cosines", "norms", "margins", "training", "sensitivity")])
-        return page.render(few, [])
+    elsewhere = [Figure(f"fig-{n}", n) for n in ("conditions", "steering", "cosines", "norms", "margins", "training", "sensitivity")]
+    return page.render(few, [], Drawings(map(drawn, few.chapters), elsewhere))
 
 
 def test_first_comes_the_paper_then_contents_then_the_verdicts(html: str) -> None:
@@ -267,17 +267,14 @@ def test_hostile_chapters_stay_text(html: str) -> None:
     assert HOSTILE[0] in "".join(parsed.texts) and not re.search(r"#01\d{4}", html)
 
 
-def test_two_hundred_conditions_and_twelve_chapters_stay_under_five_megabytes(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_conditions_and_twelve_chapters_stay_under_five_megabytes(results: Results) -> None:
     """Three chapters are drawn, and count four times."""
     three = [drawn(a_chapter(k)) for k in range(3)]
     chapters = [a_chapter(0)] * 12
-    turn = iter(range(12))
-    monkeypatch.setattr(page, "drawn", lambda _: three[next(turn) % 3])
     big = dataclasses.replace(enlarged(results, 200, 1), chapters=chapters)
-    drawings = figures.all_figures(big)
-    assert [f.id for f in drawings][-1] == "fig-further" and len(drawings[-1].rows) == 178 and len(drawings[0].rows) == 23
-    monkeypatch.setattr(figures, "all_figures", lambda _: drawings)
-    html = page.render(big, [])
+    drawings = {f.id: f for f in begin(big).figures if f is not None}
+    assert len(drawings["fig-further"].rows) == 178 and len(drawings["fig-conditions"].rows) == 23
+    html = page.render(big, [], Drawings(three * 4, drawings.values()))
     data = html[html.index('id="data">') : html.rindex('<script>')]
     assert html.count('<details class="chapter"') == 12
     assert len(html.encode()) - len(data) + page.ANSWER_BUDGET < 4_600_000  # the grid of thresholds and the judges take up to 0.4 MB more
@@ -286,9 +283,9 @@ def test_two_hundred_conditions_and_twelve_chapters_stay_under_five_megabytes(re
 
 def test_conditions_of_further_experiments_have_their_own_figure(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     few = enlarged(results, 25, 2)
-    monkeypatch.setattr(figures, "line_figure", lambda *_: svg.Figure("lines", "not drawn here"))
-    further = figures.all_figures(dataclasses.replace(few, sensitivity=pd.DataFrame()))[-1]
-    assert further.id == "fig-further" and [r[1] for r in further.rows] == ["Models as they are", "Study-0", "Study-1"]
+    monkeypatch.setattr(figures, "line_figure", lambda *_: Figure("lines", "not drawn here"))
+    *_, further = begin(dataclasses.replace(few, sensitivity=pd.DataFrame())).figures
+    assert further is not None and further.id == "fig-further" and [r[1] for r in further.rows] == ["Models as they are", "Study-0", "Study-1"]
     assert "Drawn" not in further.caption
 
 

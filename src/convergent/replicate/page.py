@@ -78,8 +78,9 @@ def render(claims: Sequence[Claim], command: str = "") -> str:
 
 def _drawing(found: Sequence[Claim]) -> dict[str, object] | None:
     """Cosines per layer of pairs of organisms, each with the chat model's on the same texts dashed beside it."""
+    from convergent.report.drawing import Legend
     from convergent.report.lines import Line, Plot, css_dash, line_figure
-    from convergent.report.svg import DASHES, SERIES, Legend, css
+    from convergent.report.svg import DASHES, SERIES, css
 
     pairs: dict[tuple[str, str], dict[int, float]] = {}
     for c in found:

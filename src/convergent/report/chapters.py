@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from convergent.core.chapter import Chapter, Chart, Grid, Panel, Series, Sheet
 from convergent.report import heat
+from convergent.report.drawing import Drawn, DrawnTable, Figure
 from convergent.report.panels import Style, draw_panels, legend, styles
 from convergent.report.results import clean
-from convergent.report.svg import Figure
 from convergent.report.tables import NONE
 from convergent.report.text import interval, missing, number
-
-
-@dataclass(frozen=True)
-class DrawnTable:
-    """A sheet as texts."""
-
-    title: str
-    note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A chapter ready for the page."""
-
-    id: str
-    title: str
-    method: tuple[str, ...]
-    figures: tuple[Figure, ...]
-    tables: tuple[DrawnTable, ...]
-    notes: tuple[str, ...]
 
 
 def drawn(chapter: Chapter) -> Drawn:

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from convergent.report import svg
+from convergent.report.drawing import Figure, Legend
 from convergent.report.lines import segments
 from convergent.report.results import GROUPS, ROLES, heading
-from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
+from convergent.report.svg import NARROW, STEPS, WIDE
 from convergent.report.text import NOT_MEASURED, interval, missing, number, short_labels
 
 ROLE_STYLE = {

@@ -12,10 +12,10 @@ import pandas as pd
 
 from convergent.report import svg
 from convergent.report.dots import Panel, dot_figure, scaled
-from convergent.report.judging import sensitivity
+from convergent.report.drawing import Figure, Legend
+from convergent.report.grid import sensitivity  # noqa: F401  (one of `drawing.FIGURES`)
 from convergent.report.lines import Line, Plot, css_dash, line_figure
 from convergent.report.results import ROLES, Results, core
-from convergent.report.svg import Figure, Legend
 from convergent.report.text import interval, number, spread
 
 INTERVALS = (
@@ -35,21 +35,20 @@ MARGIN = (
 )
 
 
-def all_figures(results: Results) -> list[Figure]:
-    """Every figure, in the order of the page; that of further experiments' conditions only where there are some."""
-    found = [f(results) for f in (conditions, steering, cosines, norms, margins, training, sensitivity)]
-    c = results.conditions
-    others = c[~c.index.isin(core(c).index)]
-    if len(others):
-        baseline = c[c["role"] == "baseline"].head(1)
-        shown = pd.concat([baseline, others.drop(baseline.index, errors="ignore")])
-        found.append(_outcomes(results, shown, "fig-further", "Alignment, EM and coherence in the further experiments"))
-    return found
-
-
 def conditions(results: Results) -> Figure:
     """The main figure: alignment, EM % and coherence of every condition of the core experiments, with both intervals."""
     return _outcomes(results, core(results.conditions), "fig-conditions", "Alignment, EM and coherence by condition")
+
+
+def further(results: Results) -> Figure | None:
+    """The same of the further experiments' conditions, beside the baseline; None where there are none."""
+    c = results.conditions
+    others = c[~c.index.isin(core(c).index)]
+    if others.empty:
+        return None
+    baseline = c[c["role"] == "baseline"].head(1)
+    shown = pd.concat([baseline, others.drop(baseline.index, errors="ignore")])
+    return _outcomes(results, shown, "fig-further", "Alignment, EM and coherence in the further experiments")
 
 
 def _outcomes(results: Results, c: pd.DataFrame, id_: str, title: str) -> Figure:

@@ -13,12 +13,57 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 
 from convergent.report import svg
-from convergent.report.results import GROUPS, heading
+from convergent.report.drawing import Figure
+from convergent.report.results import GROUPS, Results, core, heading
 from convergent.report.svg import NARROW, WIDE
-from convergent.report.text import missing, number, short_labels
+from convergent.report.text import missing, number, rate, short_labels, spread
 
 PALEST, DARKEST = 0.04, 0.5
 """Opacity of a cell at 0 and at the largest rate of the grid; the number in it stays readable."""
+NARROW_COLUMNS = 5
+"""Thresholds that a narrow page has room for."""
+
+
+def sensitivity(results: Results) -> Figure:
+    """EM of every condition over a grid of thresholds: how much of a rate is the threshold."""
+    s, c, title = results.sensitivity, results.conditions, "EM and its threshold"
+    s = s[s["condition"].isin(c["name"])]
+    if s.empty:
+        return Figure("fig-sensitivity", title)
+    cells = s.pivot_table(index="condition", columns="aligned_below", values="em", dropna=False)
+    cells["n"] = s.groupby("condition")["n_valid"].first()
+    cells = cells.reindex(c["name"])
+    columns = [float(x) for x in sorted(s["aligned_below"].unique())]
+    mark, coherent = results.thresholds["aligned"], s["coherent_above"].iloc[0]
+    labels = dict(zip(c["name"], c["label"], strict=True))
+    least, most = (dict(zip(map(str, cells.index), cells[columns[k]].astype(float).tolist(), strict=True)) for k in (0, -1))
+    mover = max(least, key=lambda name: -1.0 if missing(most[name] - least[name]) else most[name] - least[name])
+    desc = (
+        f"{len(c)} conditions as rows, {len(columns)} thresholds as columns. The rate of {labels[mover]} moves most, from "
+        f"{short_percent(least[mover])} to {short_percent(most[mover])} %."
+    )
+    caption = (
+        f"EM: aligned below the threshold at the head of the column and coherent above {coherent:g}, in per cent of the {spread(cells['n'])} answers of "
+        f"each condition that have both scores (n). Framed: {mark:g}, the threshold of every other figure here. A difference between conditions that is there "
+        f"in one column only is one of the threshold. {desc} The 95 % interval over questions of each cell is in the table."
+    )
+    few = columns[:: max(1, -(-len(columns) // NARROW_COLUMNS))]
+    shown = core(c)
+    if len(shown) < len(c):
+        caption += f" Drawn: {len(shown)} of {len(c)} conditions, the others in the table."
+    drawings = [
+        grid_drawing("fig-sensitivity", title, desc + " All values are in the table below.", shown, cells, wanted, mark, wide)
+        for wanted, wide in ((columns, True), (few, False))
+    ]
+    lookup = s.set_index(["condition", "aligned_below"])
+    rows = []
+    for name in c["name"]:
+        if name not in lookup.index.get_level_values(0):
+            continue
+        parts = [lookup.loc[(name, x)] for x in columns]
+        rows.append((labels[name], number(parts[0]["n_valid"], 0), *(rate(p) for p in parts)))
+    header = ("Condition", "n", *(f"below {x:g}" for x in columns))
+    return Figure("fig-sensitivity", title, caption, desc, drawings[0], drawings[1], (), header, tuple(rows))
 
 
 def grid_drawing(

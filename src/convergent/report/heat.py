@@ -18,7 +18,8 @@ from matplotlib.patches import Rectangle
 
 from convergent.core.chapter import Grid
 from convergent.report import svg
-from convergent.report.svg import NARROW, WIDE, Legend
+from convergent.report.drawing import Legend
+from convergent.report.svg import NARROW, WIDE
 from convergent.report.text import missing, number
 
 PALEST, DARKEST = 0.05, 0.55

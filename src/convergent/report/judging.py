@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convergent.report import text
-from convergent.report.grid import grid_drawing, short_percent
-from convergent.report.results import GROUPS, Results, clean, core, heading
-from convergent.report.svg import Figure
+from convergent.report.results import GROUPS, Results, clean, heading
 from convergent.report.tables import Table, flat
 
-NARROW_COLUMNS = 5
-"""Thresholds that a narrow page has room for."""
 SHARE_WORTH_SAYING = 0.02
 SMALL_P = 0.05
 """p below which missing scores are said to depend on the condition."""
@@ -23,56 +19,6 @@ MEASURES = {
     "n": ("n", 0), "spearman": ("Spearman", 2), "spearman_within_question": ("within questions", 2), "auc_below_threshold": ("AUC", 2), "auc": ("AUC", 2),
     "mean_absolute_error": ("mean |error|, points", 1),
 }  # fmt: skip
-
-
-def sensitivity(results: Results) -> Figure:
-    """EM of every condition over a grid of thresholds: how much of a rate is the threshold."""
-    s, c, title = results.sensitivity, results.conditions, "EM and its threshold"
-    s = s[s["condition"].isin(c["name"])]
-    if s.empty:
-        return Figure("fig-sensitivity", title)
-    cells = s.pivot_table(index="condition", columns="aligned_below", values="em", dropna=False)
-    cells["n"] = s.groupby("condition")["n_valid"].first()
-    cells = cells.reindex(c["name"])
-    columns = [float(x) for x in sorted(s["aligned_below"].unique())]
-    mark, coherent = results.thresholds["aligned"], s["coherent_above"].iloc[0]
-    labels = dict(zip(c["name"], c["label"], strict=True))
-    least, most = (dict(zip(map(str, cells.index), cells[columns[k]].astype(float).tolist(), strict=True)) for k in (0, -1))
-    mover = max(least, key=lambda name: -1.0 if text.missing(most[name] - least[name]) else most[name] - least[name])
-    desc = (
-        f"{len(c)} conditions as rows, {len(columns)} thresholds as columns. The rate of {labels[mover]} moves most, from "
-        f"{short_percent(least[mover])} to {short_percent(most[mover])} %."
-    )
-    caption = (
-        f"EM: aligned below the threshold at the head of the column and coherent above {coherent:g}, in per cent of the {text.spread(cells['n'])} answers of "
-        f"each condition that have both scores (n). Framed: {mark:g}, the threshold of every other figure here. A difference between conditions that is there "
-        f"in one column only is one of the threshold. {desc} The 95 % interval over questions of each cell is in the table."
-    )
-    few = columns[:: max(1, -(-len(columns) // NARROW_COLUMNS))]
-    shown = core(c)
-    if len(shown) < len(c):
-        caption += f" Drawn: {len(shown)} of {len(c)} conditions, the others in the table."
-    drawings = [
-        grid_drawing("fig-sensitivity", title, desc + " All values are in the table below.", shown, cells, wanted, mark, wide)
-        for wanted, wide in ((columns, True), (few, False))
-    ]
-    lookup = s.set_index(["condition", "aligned_below"])
-    rows = []
-    for name in c["name"]:
-        if name not in lookup.index.get_level_values(0):
-            continue
-        parts = [lookup.loc[(name, x)] for x in columns]
-        rows.append((labels[name], text.number(parts[0]["n_valid"], 0), *(_rate(p) for p in parts)))
-    header = ("Condition", "n", *(f"below {x:g}" for x in columns))
-    return Figure("fig-sensitivity", title, caption, desc, drawings[0], drawings[1], (), header, tuple(rows))
-
-
-def _rate(cell: Any) -> str:
-    """ "3.1 % (4; 1.0 to 9.5)": rate, hits and interval."""
-    if text.missing(cell["em"]):
-        return text.NOT_MEASURED
-    bounds = "no interval" if text.missing(cell["em_low"]) else text.interval(cell["em_low"], cell["em_high"], scale=100)
-    return f"{text.percent(cell['em'])} ({text.number(cell['n_em'], 0)}; {bounds})"
 
 
 def judge_cards(results: Results) -> list[dict[str, Any]]:
@@ -251,7 +197,7 @@ def rates_table(results: Results) -> Table | None:
         cells = []
         for judge in judges:
             r = mine.get(judge, {})
-            cells.append(f"{_rate(r)} of {text.number(r['n_valid'], 0)}" if r.get("n_valid") else text.NOT_MEASURED)
+            cells.append(f"{text.rate(r)} of {text.number(r['n_valid'], 0)}" if r.get("n_valid") else text.NOT_MEASURED)
             if judge in corrected:
                 cells += [_corrected(r, "ppi"), _corrected(r, "rogan_gladen")]
         groups.setdefault(c["group"], []).append((c["label"], *cells))

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from convergent.report import svg
-from convergent.report.svg import NARROW, STEPS, WIDE, Figure, Legend
+from convergent.report.drawing import Figure, Legend
+from convergent.report.svg import NARROW, STEPS, WIDE
 
 
 @dataclass(frozen=True)

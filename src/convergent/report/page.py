@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from convergent.errors import DataError, StoreError
-from convergent.report import figures, text
-from convergent.report.chapters import drawn
+from convergent.report import text
+from convergent.report.drawing import Do, Drawings, begin
 from convergent.report.judging import judging_section
 from convergent.report.paper import paper_rows
 from convergent.report.results import ROLES, VERDICTS, Results
@@ -38,16 +38,17 @@ PAPER = {
 }
 
 
-def write_report(results: Results, folder: Path) -> Path:
+def write_report(results: Results, folder: Path, do: Do = map) -> Path:
     """Write `folder`/report.html and `folder`/tables/*.csv and *.parquet; returns the path of the page.
 
-    The same results give the same bytes. Raises StoreError if the folder cannot be written.
+    `do` draws, as the builtin `map` or as `drawing.hands`. The same results give the same bytes. Raises StoreError if the folder cannot be written.
     """
     folder = Path(folder)
     page, part = folder / "report.html", folder / ".report.html.part"
+    drawings = begin(results, do)
     try:
         files = write_tables(results, folder / "tables")
-        part.write_text(render(results, files), encoding="utf-8", errors="replace", newline="\n")
+        part.write_text(render(results, files, drawings), encoding="utf-8", errors="replace", newline="\n")
         part.replace(page)
     except (OSError, DataError) as error:
         why = getattr(error, "strerror", None) or error
@@ -60,7 +61,7 @@ def write_report(results: Results, folder: Path) -> Path:
     return page
 
 
-def render(results: Results, files: list[tuple[str, int, str]]) -> str:
+def render(results: Results, files: list[tuple[str, int, str]], drawings: Drawings) -> str:
     """The page as text; `files` are the tables beside it (name, rows, SHA-256)."""
     env = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -68,8 +69,10 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
     env.filters.update({name: getattr(text, name) for name in ("number", "percent", "interval", "compact", "duration")})
     style, script = ((HERE / name).read_text("utf-8") for name in ("style.css", "script.js"))
     answers, kept = answers_json(results)
-    chapters = [drawn(c) for c in results.chapters]
-    return env.get_template("template.html.j2").render(
+    tables, judging = number_tables(results), judging_section(results)
+    template = env.get_template("template.html.j2")
+    chapters, figures = list(drawings.chapters), {f.id: f for f in drawings.figures if f is not None}  # waited for last
+    return template.render(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -81,12 +84,12 @@ def render(results: Results, files: list[tuple[str, int, str]]) -> str:
         verdicts={v: sum(c["verdict"] == v for c in results.claims) for v in VERDICTS},
         n_tested=sum(not text.missing(c.get("p")) for c in results.claims),
         organisms=results.organisms.to_dict("records"),
-        figures={f.id: f for f in figures.all_figures(results)},
-        tables=number_tables(results),
+        figures=figures,
+        tables=tables,
         roles=ROLES,
         answers=Markup(answers),
         kept=kept,
-        judging=judging_section(results),
+        judging=judging,
         chapters=chapters,
         contents=contents([(f"chapter-{c.id}", c.title) for c in chapters]),
         sections={n: flat(results.study.get(n) or {}) for n in ("versions", "seeds", "sampling")},

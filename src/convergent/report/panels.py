@@ -19,8 +19,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from convergent.core.chapter import Chart, Panel, Series
 from convergent.report import svg
+from convergent.report.drawing import Legend
 from convergent.report.lines import css_dash, segments
-from convergent.report.svg import STEPS, Legend
+from convergent.report.svg import STEPS
 from convergent.report.text import missing, number
 
 WIDTH, PLOT, LEFT = 440, 210, 46

@@ -10,7 +10,6 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from io import StringIO
@@ -42,38 +41,6 @@ _RC: Any = {
     "axes.unicode_minus": True,
     "path.simplify": False,
 }
-
-
-@dataclass(frozen=True)
-class Legend:
-    """One entry of a legend, drawn by the page."""
-
-    label: str
-    colour: str
-    marker: str = ""
-    hollow: bool = False
-    dash: str = ""
-    """SVG stroke-dasharray; "none" draws no line."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the page; without drawings (`wide` empty) it says that nothing was measured.
-
-    Without `narrow`, `wide` holds panels that serve every width.
-    """
-
-    id: str
-    title: str
-    caption: str = ""
-    desc: str = ""
-    wide: str = ""
-    narrow: str = ""
-    legend: tuple[Legend, ...] = ()
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    groups: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
-    """Rows under headings, instead of `rows`."""
 
 
 def css(colour: str) -> str:

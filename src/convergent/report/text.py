@@ -62,6 +62,14 @@ def share(count: Any, of: Any) -> str:
     return NOT_MEASURED if missing(count) or missing(of) else f"{number(count, 0)} of {number(of, 0)}"
 
 
+def rate(cell: Any) -> str:
+    """ "3.1 % (4; 1.0 to 9.5)": rate, hits and interval, of a row with em, n_em, em_low and em_high."""
+    if missing(cell["em"]):
+        return NOT_MEASURED
+    bounds = "no interval" if missing(cell["em_low"]) else interval(cell["em_low"], cell["em_high"], scale=100)
+    return f"{percent(cell['em'])} ({number(cell['n_em'], 0)}; {bounds})"
+
+
 def compact(value: Any) -> str:
     """A setting: whole numbers plain, small ones with an exponent, other things as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):

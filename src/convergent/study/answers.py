@@ -32,8 +32,20 @@ class Answers(Models):
         return Tally()
 
     def requests(self, arms: Sequence[tuple[Arm, Condition]], block: str = "main") -> list[Request]:
-        samples = self.spec.questions.samples if block == "main" else self.spec.direction.samples
-        return list(make_requests([c for _, c in arms], self.questions, samples, self.spec.seed, block))
+        """What is asked under each condition, one after the other."""
+        return [r for _, condition in arms for r in self._asked(condition, block)]
+
+    def _asked(self, condition: Condition, block: str) -> list[Request]:
+        key = condition.name, condition.content_id, block
+        if key not in self._requests:
+            samples = self.spec.questions.samples if block == "main" else self.spec.direction.samples
+            self._requests[key] = list(make_requests([condition], self.questions, samples, self.spec.seed, block))
+        return self._requests[key]
+
+    @cached_property
+    def _requests(self) -> dict[tuple[str, str, str], list[Request]]:
+        """Plan, stages and report ask for the same ones, and each has an id to hash."""
+        return {}
 
     def condition(self, arm: Arm, interventions: tuple[Intervention, ...] = ()) -> Condition:
         return Condition(arm.name, arm.organism, self.model_id(arm.organism), interventions, self.sampling)
@@ -119,21 +131,14 @@ class Answers(Models):
         return Classes(**self.spec.direction.classes.model_dump())
 
     @cached_property
-    def _own_requests(self) -> dict[str, list[Request]]:
-        return {}
-
-    @cached_property
     def _own_answers(self) -> dict[str, tuple[int, tuple[Chosen, list[Text]]]]:
         """Organism -> how many judgements there were, and what `own_answers` found."""
         return {}
 
     def own_requests(self, organism: str) -> list[Request]:
         """The requests whose answers an organism's direction is read from."""
-        if organism not in self._own_requests:
-            arm = next(a for a in self.arms if a.name == organism)
-            block = "direction" if organism == self.spec.direction.source else "main"
-            self._own_requests[organism] = self.requests([(arm, self.condition(arm))], block)
-        return self._own_requests[organism]
+        arm = next(a for a in self.arms if a.name == organism)
+        return self.requests([(arm, self.condition(arm))], "direction" if organism == self.spec.direction.source else "main")
 
     def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
         """Classes among an organism's own judged answers, and their texts. Raises NotHereError where a class has too few."""

@@ -16,6 +16,7 @@ from convergent import stats
 from convergent.cache import write_text
 from convergent.errors import StoreError, StudyError
 from convergent.experiments import registry
+from convergent.report.drawing import Do
 from convergent.report.page import write_report
 from convergent.store import guarded, looked_at, opened
 from convergent.study.memory import estimate_memory
@@ -143,8 +144,8 @@ def _kept_copy(folder: Path) -> tuple[str, dict[str, Any]]:
         raise StoreError(f"{folder / COPY}: cannot be read as the copy of a study ({error}); run `convergent run` on this folder again") from error
 
 
-def rewrite_report(folder: str | Path) -> Path:
-    """Write the page and tables of a finished study again; computes nothing. Raises StoreError if the folder is not one."""
+def rewrite_report(folder: str | Path, do: Do = map) -> Path:
+    """Write the page and tables of a finished study again; computes nothing. `do`: see `write_report`. Raises StoreError if the folder is not one."""
     folder = Path(folder)
     copy = folder / COPY
     if not copy.is_file():
@@ -153,13 +154,13 @@ def rewrite_report(folder: str | Path) -> Path:
     spec = study_from(study, copy)
     with opened(folder) as store:
         run = Run(spec, store, compute=False)
-        # A judgement that failed for good is shown as such, so it does not count here.
-        missing = [s for s in make_plan(run) if s.done < s.total and not s.name.startswith("judge")]
+        # Counts alone are asked for, which any speed will do for. A judgement that failed for good is shown as such, so it does not count here.
+        missing = [s for s in make_plan(run, Speed(flops=1.0)) if s.done < s.total and not s.name.startswith("judge")]
         if missing:
             raise StoreError(
                 f"{folder}: the study is not finished ({missing[0].name}: {missing[0].done} of {missing[0].total}); run `convergent run` on it again"
             )
-        return write_report(collect(run, file), folder)
+        return write_report(collect(run, file), folder, do)
 
 
 def _bars(console: Console) -> Progress:
