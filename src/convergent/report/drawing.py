@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -82,8 +83,8 @@ class Drawn:
     notes: tuple[str, ...]
 
 
-FIGURES = ("sensitivity", "conditions", "steering", "cosines", "norms", "margins", "training", "further")
-"""Of the core experiments, by the function of `report.figures` that draws each; first what takes longest."""
+FIGURES = ("grid.sensitivity", *(f"figures.{name}" for name in ("conditions", "steering", "cosines", "norms", "margins", "training", "further")))
+"""Of the core experiments, by the function that draws each, with its module of this package; first what takes longest."""
 HANDS = 2
 """Processes that draw."""
 
@@ -110,9 +111,8 @@ def _chapter(chapter: Chapter) -> Drawn:
 
 
 def _figure(results: Results, name: str) -> Figure | None:
-    from convergent.report import figures
-
-    made: Figure | None = getattr(figures, name)(results)
+    module, _, function = name.partition(".")
+    made: Figure | None = getattr(import_module(f"{__package__}.{module}"), function)(results)
     return made
 
 

@@ -13,7 +13,6 @@ import pandas as pd
 from convergent.report import svg
 from convergent.report.dots import Panel, dot_figure, scaled
 from convergent.report.drawing import Figure, Legend
-from convergent.report.grid import sensitivity  # noqa: F401  (one of `drawing.FIGURES`)
 from convergent.report.lines import Line, Plot, css_dash, line_figure
 from convergent.report.results import ROLES, Results, core
 from convergent.report.text import interval, number, spread
