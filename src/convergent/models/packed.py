@@ -268,6 +268,7 @@ def run(model: ChatModel, batch: Batch, call: Callable[..., Any] | None = None, 
             return call(**batch.inputs, use_cache=False, **more)
         finally:
             del _now.forest, _now.kept
+            _now.clean, _now.latest = 0, -1
 
 
 def run_each(model: ChatModel, items: Sequence[T], read: Callable[[T], R]) -> list[R]:
