@@ -105,8 +105,8 @@ def test_leaves_files_and_exactly_the_rows(done: Path) -> None:
     for name in ("report.html", "manifest.json", "study.json", *(f"tables/{t}.{e}" for t in ("conditions", "answers", "claims") for e in ("csv", "parquet"))):
         assert (out / name).stat().st_size > 0, name
     assert "Organism A" in (out / "report.html").read_text(encoding="utf-8")
-    # 6 readings and 14 KL, 2 matched nulls, when it was made, and the test of missing scores; 6 readings and the other concept; 4 readings of further draws, 4 x 3 matched nulls in them.
-    assert counts(out) == {"responses": N_RESPONSES, "judgements": 2 * N_RESPONSES, "margins": N_MARGINS, "facts": 6 + 18 + 3 + 2 + 5 + 4 + 12}
+    # 6 readings and 14 KL, 2 matched nulls, and when it was made; 6 readings and the other concept; 4 readings of further draws, 4 x 3 matched nulls in them.
+    assert counts(out) == {"responses": N_RESPONSES, "judgements": 2 * N_RESPONSES, "margins": N_MARGINS, "facts": 6 + 18 + 3 + 1 + 5 + 4 + 12}
     assert len(list(out.glob("directions/*.safetensors"))) == 7
     assert [r[0] for r in rows(out, "memory")] == [r[0] for r in rows(out, "seconds")], "a peak of memory beside every stage's seconds"
     assert not list(out.rglob("*.part")) and not list(out.rglob("*.making"))
@@ -325,7 +325,7 @@ def test_fresh_judge_redoes_only_judging(copy: Path, idle: None, no_report: None
 
 @pytest.mark.parametrize(
     ("stage", "left"),
-    [("margin", {"margins": 0}), ("extract", {"facts": 2}), ("sample", {"responses": 0, "judgements": 0, "facts": 2})],
+    [("margin", {"margins": 0}), ("extract", {"facts": 1}), ("sample", {"responses": 0, "judgements": 0, "facts": 1})],
 )
 def test_fresh_forgets_a_stage_and_what_was_made_from_it(copy: Path, stage: str, left: dict[str, int]) -> None:
     before = counts(copy / "out")
@@ -338,7 +338,7 @@ def test_fresh_forgets_a_stage_and_what_was_made_from_it(copy: Path, stage: str,
 def test_fresh_train_forgets_all(copy: Path) -> None:
     with opened(copy / "out") as store:
         store.forget("train")
-    assert counts(copy / "out") == {"responses": 0, "judgements": 0, "margins": 0, "facts": 2}
+    assert counts(copy / "out") == {"responses": 0, "judgements": 0, "margins": 0, "facts": 1}
     assert not things(copy / "out") and not list((copy / "out").glob(".trash*"))
 
 

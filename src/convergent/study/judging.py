@@ -6,7 +6,7 @@ Knows frames of answers, no store: `aligned` and `coherent` are the deciding jud
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -28,9 +28,6 @@ FAR_SHARE = 0.05
 FEWEST_TRUSTED = 10
 """Trusted answers of a condition below which no rate is corrected by them."""
 TRUSTED = "trusted"
-
-Associate = Callable[[Sequence[tuple[str, int, int]]], stats.Association]
-"""`stats.association`, or a way to it."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,11 @@ def missing_scores(answers: pd.DataFrame, conditions: Sequence[str], raters: Seq
     return pd.DataFrame(rows, columns=["condition", "judge", "rubric", "reason", "n", "of"])
 
 
-def missing_bounds(
-    answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[Rater], associate: Associate = stats.association
-) -> pd.DataFrame:
+def missing_bounds(answers: pd.DataFrame, conditions: Sequence[str], raters: Sequence[Rater]) -> pd.DataFrame:
     """What missing scores can do to EM: one row per judge and condition that lacks some.
 
     missing: share of answers without both scores; low, high and their intervals: `rates.missing_bounds`, nan up to 2 % missing. p: of "missing
-    scores are as frequent in this condition as in the others", adjusted for their number; p_all, method: of "in all alike", both by `associate`.
+    scores are as frequent in this condition as in the others", adjusted for their number; p_all, method: of "in all alike" (`stats.association`).
     """
     rows = []
     for rater in raters:
@@ -113,7 +108,7 @@ def missing_bounds(
         seen = answers[["condition", "question_id"]].assign(**{rubric: answers[rater.column(rubric)] for rubric in RUBRICS})
         parts = dict(_parts(seen, conditions, RUBRICS))
         counted = [(c, len(part) - len(both_scored(part)), len(part)) for c, part in parts.items()]
-        tested = associate(counted)
+        tested = stats.association(counted)
         for condition, gone, of in counted:
             if not gone:
                 continue

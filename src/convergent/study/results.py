@@ -7,8 +7,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,17 +67,12 @@ def collect(run: Run, file: str = "STUDY.yaml") -> Results:
         limits=_limits(run),
         sensitivity=judging.sensitivity(together, names),
         missing_scores=judging.missing_scores(together, names, raters),
-        missing_bounds=judging.missing_bounds(together, names, raters, partial(_association, run)),
+        missing_bounds=judging.missing_bounds(together, names, raters),
         by_judge=judging.by_judge(together, names, raters) if compared else pd.DataFrame(),
         agreement=judging.agreements(together, raters) if compared else pd.DataFrame(),
         contested=judging.contested(together, raters) if compared else pd.DataFrame(),
         reversals=judging.reversals(claims),
     )
-
-
-def _association(run: Run, counted: Sequence[tuple[str, int, int]]) -> stats.Association:
-    """`stats.association`, kept: to import scipy.stats takes longer than most of a report."""
-    return stats.Association(**run.store.fact(content_id("association", counted), "run", lambda: asdict(stats.association(counted))))
 
 
 def _by(rater: judging.Rater, answers: pd.DataFrame) -> pd.DataFrame:
