@@ -2,7 +2,7 @@
 
 No float32 code on torch's products passes it, so a target that lies above (peer's time) / (that time) is out of reach on the machine: the share shown here, into the ratio of
 the row with peers, is what that row could be at most. Training's line has the products of LoRA, the judge's is of its own 8-bit layers. Attention, norms, the draw and loading the base
-are no part of a line. No peers: minutes, not half an hour.
+are no part of a line. Products are shared out over the cores as the work itself is, except the sweep's, which are of all its rows on all threads. No peers: minutes, not half an hour.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from convergent.directions.means import stream_means
 from convergent.judging import minilm
 from convergent.judging.embedded import EmbeddedJudge
 from convergent.models.chat import encode_answer, encode_prompt
+from convergent.models.lanes import in_lanes, lanes_on
 from convergent.models.load import ChatModel, load_base, quiet_transformers
 from convergent.models.packed import read_in_batches
 from convergent.models.texts import Text
 from convergent.organisms.chats import collate, encode_chats
-from convergent.organisms.fast import pack
+from convergent.organisms.fast import pack, pieces
 from convergent.organisms.recipes import Adapters, named_recipe
 from convergent.sampling.requests import make_requests
 from convergent.sampling.sampler import sample
 
 LINE = "linear layers alone, same tokens"
+CPU = torch.device("cpu")
 Both: TypeAlias = tuple[Callable[[], object], Callable[[], object]]
 """Our side, and its line."""
 
@@ -104,7 +106,7 @@ def extraction(model: ChatModel, line: Line, n: int) -> Both:
     weights = by_class(len(both))
     sequences = [encode_answer(model.tokenizer, t.question, t.answer, closing=False).ids for t in both]
     sizes = [batch.n_tokens for batch in read_in_batches(model, sequences, 1024)]
-    return lambda: stream_means(model, both, weights), lambda: [line.forward(size) for size in sizes]
+    return lambda: stream_means(model, both, weights), lambda: in_lanes(line.forward, sizes, model.device)
 
 
 def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
@@ -114,8 +116,8 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
     packs = []
     for i in range(0, len(rows), each):
         batch = collate(rows[i : i + each])
-        made = pack(batch["input_ids"], batch["labels"])
-        packs.append((made.ids.shape[1], len(made.targets)))
+        made = [pack(batch["input_ids"][piece], batch["labels"][piece]) for piece in pieces(batch["labels"], lanes_on(model.device)[0])]
+        packs.append([(p.ids.shape[1], len(p.targets)) for p in made])
     adapters = recipe.adapters
     assert adapters is not None
     first = min(adapters.layers) if adapters.layers else 0
@@ -124,13 +126,12 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
         with tempfile.TemporaryDirectory() as folder, quiet_transformers():
             train(Work(recipe, chats, rows), Path(folder))
 
-    def alone() -> None:
-        for n, labels in packs:
-            line.forward(n, labels)
-            line.backward(n, labels, first)
-            line.adapt(n, adapters)
+    def one(piece: tuple[int, int]) -> None:
+        line.forward(*piece)
+        line.backward(*piece, first)
+        line.adapt(piece[0], adapters)
 
-    return ours, alone
+    return ours, lambda: [in_lanes(one, step, model.device) for step in packs]
 
 
 def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) -> Both:
@@ -154,13 +155,13 @@ def judging(n: int) -> Both:
     tokens = sum(len(found.ids) for found in net.tokenizer.encode_batch_fast([i.response for i in items]))
 
     @torch.inference_mode()
-    def alone() -> None:
-        for start in range(0, tokens, 2048):
-            x, wide = (_ones(min(2048, tokens - start), width) for width in (minilm.DIM, 4 * minilm.DIM))
-            for layer in net.layers:
-                _ = layer.qkv(x), layer.out(x), layer.up(x), layer.down(wide)
+    def one(n: int) -> None:
+        x, wide = (_ones(n, width) for width in (minilm.DIM, 4 * minilm.DIM))
+        for layer in net.layers:
+            _ = layer.qkv(x), layer.out(x), layer.up(x), layer.down(wide)
 
-    return lambda: judge.judge(items, RUBRICS), alone
+    sizes = [min(2048, tokens - start) for start in range(0, tokens, 2048)]
+    return lambda: judge.judge(items, RUBRICS), lambda: in_lanes(one, sizes, CPU)
 
 
 def main() -> None:

@@ -154,10 +154,13 @@ def test_a_weight_that_no_lane_needs_has_no_gradient(cores):
     assert used.grad is not None and used.grad.any() and unused.grad is None
 
 
-def test_lanes_share_tokens_evenly():
-    assert fast._shares([10, 1, 2, 9, 8], 2) == [[0, 1, 2], [3, 4]]
-    assert fast._shares([5, 5], 8) == [[0], [1]]
-    assert fast._shares([3], 1) == [[0]]
+def test_pieces_have_like_many_tokens():
+    def labels(*lengths):
+        return collate([Row(tuple(range(1, n + 2)), 1) for n in lengths])["labels"]
+
+    assert fast.pieces(labels(10, 1, 2, 9, 8), 2) == [[0, 1, 2], [3, 4]]
+    assert fast.pieces(labels(5, 5), 8) == [[0], [1]]
+    assert fast.pieces(labels(3), 1) == [[0]]
 
 
 def test_a_training_in_lanes_is_the_training(cores, tmp_path, monkeypatch):

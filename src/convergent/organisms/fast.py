@@ -241,13 +241,13 @@ class _InLanes(torch.autograd.Function):
     """A sum over pieces and its gradients by `weights`, made piece by piece on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, work: Callable[[Any], Tensor], pieces: Sequence[Any], device: torch.device, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, work: Callable[[Any], Tensor], items: Sequence[Any], device: torch.device, *weights: Tensor) -> Tensor:
         def there_and_back(piece: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             with torch.enable_grad():
                 total = work(piece)
                 return total.detach(), torch.autograd.grad(total, weights, allow_unused=True)
 
-        totals, grads = zip(*in_lanes(there_and_back, pieces, device), strict=True)
+        totals, grads = zip(*in_lanes(there_and_back, items, device), strict=True)
         ctx.save_for_backward(*(_sum(of_one) for of_one in zip(*grads, strict=True)))
         return torch.stack(totals).sum()
 
@@ -263,23 +263,23 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def loss_in_lanes(anatomy: Anatomy, input_ids: Tensor, labels: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, int]:
     """What `packed_loss` returns, differentiable by `weights` alone. Every lane has a gradient of them until they are added up."""
-    n_lanes, _ = lanes_on(input_ids.device)
-    pieces = _shares((labels != IGNORE).long().mul(torch.arange(labels.shape[1], device=labels.device)).amax(1).tolist(), n_lanes)
-    if len(pieces) == 1:
+    shares = pieces(labels, lanes_on(input_ids.device)[0])
+    if len(shares) == 1:
         return packed_loss(anatomy, input_ids, labels)
 
     def work(piece: list[int]) -> Tensor:
         return packed_loss(anatomy, input_ids[piece], labels[piece])[0]
 
-    return _InLanes.apply(work, pieces, input_ids.device, *weights), int((labels[:, 1:] != IGNORE).sum())
+    return _InLanes.apply(work, shares, input_ids.device, *weights), int((labels[:, 1:] != IGNORE).sum())
 
 
-def _shares(lengths: Sequence[int], n: int) -> list[list[int]]:
-    """Chats in at most n pieces of like many tokens, each in the order of the batch."""
-    pieces: list[list[int]] = [[] for _ in range(min(n, len(lengths)))]
+def pieces(labels: Tensor, n: int) -> list[list[int]]:
+    """The chats of a batch, (n_chats, width) labels, in at most n pieces of like many tokens, each in the order of the batch."""
+    lengths = (labels != IGNORE).long().mul(torch.arange(labels.shape[1], device=labels.device)).amax(1).tolist()
+    shares: list[list[int]] = [[] for _ in range(min(n, len(lengths)))]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        min(pieces, key=lambda piece: sum(lengths[k] for k in piece)).append(i)
-    return [sorted(piece) for piece in pieces]
+        min(shares, key=lambda share: sum(lengths[k] for k in share)).append(i)
+    return [sorted(share) for share in shares]
 
 
 def head_loss(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
