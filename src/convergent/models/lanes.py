@@ -37,6 +37,28 @@ def groups(items: Iterable[T], device: torch.device) -> Iterator[list[T]]:
         yield group
 
 
+def side_by_side(work: Callable[[int], None], n: int, n_threads: int, stopped: threading.Event) -> None:
+    """`work(k)` for k < n, each in a thread of its own that computes on `n_threads`. When this ends, however it ends, `stopped` is set and all are at rest."""
+
+    def alone(k: int) -> None:
+        torch.set_num_threads(n_threads)  # of this thread
+        work(k)
+
+    threads = [threading.Thread(target=alone, args=(k,), name="lane", daemon=True) for k in range(n)]
+    before = torch.get_num_threads()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stopped.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(before)
+
+
 def in_lanes(work: Callable[[T], R], items: Sequence[T], device: torch.device) -> list[R]:
     """`work(item)` for all items, in their order; item k is computed in lane k modulo the number of lanes.
 
@@ -51,7 +73,6 @@ def in_lanes(work: Callable[[T], R], items: Sequence[T], device: torch.device) -
     stopped, inference = threading.Event(), torch.is_inference_mode_enabled()
 
     def lane(first: int) -> None:
-        torch.set_num_threads(n_threads)  # of this thread
         for k in range(first, len(items), n_lanes):
             if stopped.is_set():
                 return
@@ -62,19 +83,7 @@ def in_lanes(work: Callable[[T], R], items: Sequence[T], device: torch.device) -
                 stopped.set()
                 errors[k] = error
 
-    threads = [threading.Thread(target=lane, args=(k,), name="lane", daemon=True) for k in range(min(n_lanes, len(items)))]
-    before = torch.get_num_threads()
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        stopped.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
-        torch.set_num_threads(before)
+    side_by_side(lane, min(n_lanes, len(items)), n_threads, stopped)
     if errors:
         raise errors[min(errors)]
     return [found[k] for k in range(len(items))]

@@ -150,7 +150,7 @@ class AnswerTrainer(Trainer):
         return total / (num_items_in_batch if num_items_in_batch is not None else n)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Nobody asks for it, and counting all weights at every pass takes longer than a tenth of an optimizer step."""
+        """Nobody asks for it, and counting all weights at every pass takes longer than the optimizer's own update."""
         return 0
 
 

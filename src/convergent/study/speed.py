@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from convergent.models.lanes import side_by_side
+
 BURSTS, BURST_SECONDS = 6, 0.02
 """Of the probe, per thread: the best counts, as caches and clocks need a moment."""
 QUIET = 0.8
@@ -58,20 +60,7 @@ def measure(device: str, dtype: str) -> Speed:
         found = [Burst(b.flop, b.wall, b.wall) for b in _bursts(size, kept, device)]
         return summed([found])
     lanes: list[list[Burst]] = []
-    before = torch.get_num_threads()
-
-    def lane() -> None:
-        torch.set_num_threads(1)  # of this thread
-        lanes.append(_bursts(size, kept, device))
-
-    threads = [threading.Thread(target=lane, daemon=True) for _ in range(before)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        torch.set_num_threads(before)
+    side_by_side(lambda _: lanes.append(_bursts(size, kept, device)), torch.get_num_threads(), 1, threading.Event())
     return summed(lanes)
 
 
