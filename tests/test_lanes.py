@@ -139,7 +139,7 @@ def test_gradients_are_summed_over_the_lanes(cores, family):
         again, m = fast.loss_in_lanes(chat.anatomy, batch["input_ids"], batch["labels"], weights)
         assert m == n
         assert_close(again, total, rtol=1e-6, atol=0)
-        assert_close(torch.autograd.grad(again / m, weights), want, atol=1e-6, rtol=1e-4)
+        assert_close(torch.autograd.grad(again / m, weights), want, atol=5e-6, rtol=1e-4)
 
 
 def test_a_weight_that_no_lane_needs_has_no_gradient(cores):

@@ -182,7 +182,9 @@ def test_probe_finds_a_product_that_depends_on_the_number_of_rows(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounding_by_size)
     assert not invariance.rows_are_invariant(chat, 64, 16)
-    assert invariance._probe(chat, 64) == invariance.Shape(4, shares=True)  # which never sees so many rows
+    found = invariance._probe(chat, 64)  # with fewer at least, it never sees so many
+    assert found.least <= 4
+    assert found.panel is None
 
 
 @pytest.mark.usefixtures("one_thread")

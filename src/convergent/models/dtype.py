@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from typing import Literal
 
 import torch
 
-from convergent.cache import cache_dir, write_text
 from convergent.errors import InputError
+from convergent.models.probe import remembered
+from convergent.models.products import linear
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 WORTH_IT = 1.3
@@ -32,24 +31,15 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
 
 def bf16_speedup() -> float:
     """How many times faster a 128-row bfloat16 GEMM is than a float32 one here; remembered per machine and torch version."""
-    key = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{torch.__version__}-{torch.get_num_threads()}"
-    path = cache_dir() / "dtype_probe.json"
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        known = {}
-    if key not in known:
-        known[key] = round(_gemm_seconds(torch.float32) / _gemm_seconds(torch.bfloat16), 3)
-        write_text(path, json.dumps(known, indent=1))
-    return float(known[key])
+    return remembered("dtype_probe", torch.get_num_threads(), lambda: _gemm_seconds(torch.float32) / _gemm_seconds(torch.bfloat16))
 
 
 def _gemm_seconds(dtype: torch.dtype) -> float:
     x, w = torch.ones(128, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    torch.nn.functional.linear(x, w)
+    linear(x, w)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
+        linear(x, w)
         best = min(best, time.perf_counter() - start)
     return best

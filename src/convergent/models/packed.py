@@ -27,6 +27,7 @@ from convergent.models.head import head_is_plain
 from convergent.models.lanes import in_lanes
 from convergent.models.load import ChatModel
 from convergent.models.positions import rescaled_from
+from convergent.models.products import sped_up
 from convergent.models.texts import batches, padded
 
 ATTENTION = "convergent_forest"
@@ -288,12 +289,13 @@ _in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 @contextmanager
 def _ready(model: ChatModel) -> Iterator[None]:
-    """Attention and blocks do what the thread's `_now` says; within it, nothing."""
+    """Attention and blocks do what the thread's `_now` says, linear layers by the fastest library; within it, nothing."""
     if model.model in _in_use:
         yield
         return
     with ExitStack() as stack:
         stack.enter_context(attending_by(model.model, ATTENTION, attention))
+        stack.enter_context(sped_up(model.model))
         for layer, block in enumerate(model.anatomy.blocks):
             stack.enter_context(_forward(block, _resumable(block.forward, layer)))
         _in_use.add(model.model)

@@ -3,6 +3,7 @@
     packing      no padding, no last token (nothing is predicted from it), and what all chats of a batch begin with (the system prompt) only once
     lanes        on a CPU the chats of a pass are shared out over the cores, each of which goes forward and back over its own (`models.lanes`)
     head         loss and its gradient by hidden state in one pass over the logits, which are not kept
+    products     by the library that is fastest here (`models.products`)
     adapters     one function per adapted layer: the frozen weight never asks for a gradient, what LoRA adds is added in place
 
 A packed batch is one row of `prefix + rest of chat 1 + rest of chat 2 + ...` with each token's own position. Only attention has to know: it unpacks
@@ -26,6 +27,7 @@ from convergent.models.attention import ABSENT, window_of
 from convergent.models.lanes import in_lanes, lanes_on
 from convergent.models.load import ChatModel
 from convergent.models.positions import rescaled_from
+from convergent.models.products import add_product, linear
 from convergent.organisms.chats import IGNORE, Row, collate
 from convergent.organisms.recipes import Recipe
 
@@ -207,13 +209,13 @@ class _HeadLoss(torch.autograd.Function):
         total, grads = hidden.new_zeros((), dtype=torch.float32), []
         n = max(1, CHUNK // len(weight))
         for h, target in zip(hidden.split(n), targets.split(n), strict=True):
-            logits = F.linear(h, weight, bias).float()
+            logits = linear(h, weight, bias).float()
             highest, where = logits.max(-1, keepdim=True)
             wanted = logits.gather(1, target[:, None])
             p = torch.softmax(logits, -1)
             # log of the sum from the likeliest token: that of the target may be too small for its own logarithm
             total += (highest - p.gather(1, where).log() - wanted).sum()
-            grads.append((p.to(weight.dtype) @ weight).sub_(weight[target]))
+            grads.append(linear(p.to(weight.dtype), weight.t()).sub_(weight[target]))
         ctx.save_for_backward(torch.cat(grads).to(hidden.dtype))
         return total
 
@@ -295,18 +297,18 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.t()
+        low = linear(flat, a)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale = scale
-        return F.linear(flat, weight, bias).addmm_(low, b.t(), alpha=scale).view(*x.shape[:-1], -1)
+        return add_product(linear(flat, weight, bias), low, b, scale).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         flat, low, weight, a, b = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        g_low = (g @ b).mul_(ctx.scale)
-        g_x = (g @ weight).addmm_(g_low, a).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_low.t() @ flat, (g.t() @ low).mul_(ctx.scale), None
+        g_low = linear(g, b.t()).mul_(ctx.scale)
+        g_x = add_product(linear(g, weight.t()), g_low, a.t(), 1.0).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return g_x, None, None, linear(g_low.t(), flat.t()), linear(g.t(), low.t()).mul_(ctx.scale), None
 
 
 def lighten(model: nn.Module) -> int:

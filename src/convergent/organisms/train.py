@@ -35,6 +35,7 @@ from convergent.errors import InputError, StoreError, TrainingError
 from convergent.models.anatomy import Anatomy
 from convergent.models.head import head_is_plain
 from convergent.models.load import ChatModel, base_folder, folder_id, load_base, quiet_transformers
+from convergent.models.products import speed_up
 from convergent.organisms import fast
 from convergent.organisms.adapters import read_adapters
 from convergent.organisms.chats import Chat, Row, chats_checksum, collate, encode_chats, training_order
@@ -212,6 +213,7 @@ def _trainer(
     on_cpu = chat.device.type == "cpu"
     order = training_order([len(r.ids) for r in rows], recipe)
     packed, passes = False, recipe.grad_accumulation
+    speed_up(model)
     # Dropout would draw other numbers. Under several devices the model is wrapped, and loss is the ordinary path's.
     if plain_head and not (recipe.adapters and recipe.adapters.dropout) and _one_device(chat):
         fast.lighten(model)

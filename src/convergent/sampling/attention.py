@@ -49,6 +49,8 @@ def attention(
     if n == 1 and query.device.type == "cuda" and kernel.serves(query, key, value):
         return kernel.attend(query, key, value, step.positions, scale, window, softcap), None
     q = (query * scale).reshape(b, n_kv, -1, d)
+    if key.dtype == torch.bfloat16 and key.device.type == "cpu":
+        key = key.contiguous()  # oneDNN would copy the transposed slots number by number
     look = _Look(step.positions, window, softcap)
     if (window, span) not in step.hidden:
         slots = torch.arange(span, device=key.device)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from convergent.models.load import ChatModel
+from convergent.models.products import in_force, product_of
 from convergent.sampling.attention import attention
 from convergent.sampling.cache import SHARED_FROM, SPAN, SlotCache, attending, now
 
-LEAST = (4, 16)
+LEAST = (1, 2, 4, 16)
 """Numbers of rows from which on products may be alike, in order of preference."""
 PROMPT_ROWS = (1, 2, 3, 4, 5, 7, 16, 33, 64)
 PANEL = 32
@@ -49,7 +50,7 @@ def shape_of(model: ChatModel, n_rows: int) -> Shape:
     like = next(model.model.parameters())
     sizes = tuple(sorted({tuple(m.weight.shape) for m in model.model.modules() if isinstance(m, torch.nn.Linear)}))
     most = max(64, n_rows)
-    key = (sizes, _heads(model), like.dtype, str(like.device), torch.get_num_threads(), most)
+    key = (sizes, _heads(model), like.dtype, str(like.device), torch.get_num_threads(), most, in_force(model.model))
     with _probing:
         if key not in _known:
             _known[key] = _probe(model, most)
@@ -95,19 +96,20 @@ def rows_are_invariant(model: ChatModel, n_rows: int, least: int) -> bool:
 
     Tried on every distinct shape of linear layer, and on attention over spans of several lengths.
     """
-    sizes = sorted({least, least + 1, least + 5, n_rows // 2, n_rows - 1})
+    sizes = sorted({*range(least, least + 8), n_rows // 2, n_rows - 1})
     return _linears_are_invariant(model, n_rows, sizes) and _attention_is_invariant(model, (least, 2 * least + 1, 32))
 
 
 def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) -> bool:
     """Whether linear layers give the same bits for `n_rows` rows, for these in reverse, and for the first m of `sizes`."""
-    weights = {tuple(m.weight.shape): m.weight for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
-    for weight in weights.values():
-        x = _counted(n_rows, weight.shape[1]).to(weight)
-        y = torch.nn.functional.linear(x, weight)
-        if not torch.equal(torch.nn.functional.linear(x.flip(0), weight).flip(0), y):
+    layers = {tuple(m.weight.shape): m for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
+    for layer in layers.values():
+        product = product_of(layer)
+        x = _counted(n_rows, layer.weight.shape[1]).to(layer.weight)
+        y = product(x)
+        if not torch.equal(product(x.flip(0)).flip(0), y):
             return False
-        if not all(torch.equal(torch.nn.functional.linear(x[:m], weight), y[:m]) for m in sizes):
+        if not all(torch.equal(product(x[:m]), y[:m]) for m in sizes):
             return False
     return True
 

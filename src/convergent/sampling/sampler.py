@@ -33,6 +33,7 @@ from convergent.models.chat import encode_prompt
 from convergent.models.lanes import lanes_on
 from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
+from convergent.models.products import laid_out
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import Lane, Row, Tally, Work, prove
@@ -70,7 +71,7 @@ def sample(
     n_lanes, n_threads = lanes_for(model, limit)
     work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
     done: dict[int, Response] = {}
-    with slot_attention(model.model):
+    with slot_attention(model.model), laid_out(model.model):
         prove(model, next(iter(prompts.values())))
         _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
         with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
