@@ -26,6 +26,7 @@ from convergent.errors import DownloadError, ModelError
 from convergent.models.anatomy import Anatomy, inspect_model
 from convergent.models.chat import stop_ids
 from convergent.models.dtype import resolve_dtype
+from convergent.models.heap import keep_freed
 
 EMBEDDED = "embedded"
 EMBEDDED_TITLE = "SmolLM2-135M-Instruct"
@@ -95,6 +96,7 @@ def load_base(base: str = EMBEDDED, dtype: str = "auto", device: str = "auto", n
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    keep_freed()
     folder = base_folder(base)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     with quiet_transformers():

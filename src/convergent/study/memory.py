@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from convergent.models.load import base_folder
+from convergent.models.products import MOST_KEPT
 from convergent.sampling.invariance import panel_for
 from convergent.study.run import Run
 from convergent.study.speed import parameters
@@ -69,6 +70,9 @@ def needed(run: Run, size: Size, there: float | None) -> Memory:
     if run.device.startswith("cuda") or (run.planned and run.spec.device != "cpu"):  # a GPU holds whole panels
         rows = math.ceil(rows / panel_for(token)) * panel_for(token)
     cache = rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * token
+    weights = size.parameters * width
+    if run.spec.device == "cpu" and weights <= MOST_KEPT:
+        cache += weights  # laid out a second time while answers are sampled
     training = 0.0
     for plan in run.organisms.values():
         if plan.recipe is not None:
@@ -76,7 +80,7 @@ def needed(run: Run, size: Size, there: float | None) -> Memory:
             # Adam in float32: gradient, two moments and a master copy.
             trained = 16 * size.parameters if plan.recipe.adapters is None else 0.0
             training = max(training, activations + trained)
-    return Memory(size.parameters * width / 1e9, cache / 1e9, training / 1e9, there)
+    return Memory(weights / 1e9, cache / 1e9, training / 1e9, there)
 
 
 def size_of(base: str) -> Size:
