@@ -1,8 +1,8 @@
 """Extraction, training, the sweep and the judge against the machine's own line: the time of the linear layers alone, on the same tokens, in the same run.
 
-No float32 code on torch's products passes it, so a target that lies above (peer's time) / (that time) is out of reach on the machine: the share shown here, into the ratio of
+Products are by the library that is fastest on the machine (`models.products`). No float32 code on them passes the line, so a target that lies above (peer's time) / (that time) is out of reach on the machine: the share shown here, into the ratio of
 the row with peers, is what that row could be at most. Training's line has the products of LoRA, the judge's is of its own 8-bit layers. Attention, norms, the draw and loading the base
-are no part of a line. Products are shared out over the cores as the work itself is, except the sweep's, which are of all its rows on all threads. No peers: minutes, not half an hour.
+are no part of a line. Products are shared out over the cores as the work itself is. No peers: minutes, not half an hour.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from convergent.models.chat import encode_answer, encode_prompt
 from convergent.models.lanes import in_lanes, lanes_on
 from convergent.models.load import ChatModel, load_base, quiet_transformers
 from convergent.models.packed import read_in_batches
+from convergent.models.products import laid_out, linear, product_of, sped_up
 from convergent.models.texts import Text
 from convergent.organisms.chats import collate, encode_chats
 from convergent.organisms.fast import pack, pieces
@@ -60,16 +61,16 @@ class Line:
     def forward(self, n: int, head: int = 0) -> None:
         """Of `n` tokens through the blocks and `head` of them through the head."""
         for layer in (m for block in self.blocks for m in block):
-            nn.functional.linear(_ones(n, layer.in_features), layer.weight)
+            product_of(layer)(_ones(n, layer.in_features))
         if head:
-            nn.functional.linear(_ones(head, self.head.in_features), self.head.weight)
+            product_of(self.head)(_ones(head, self.head.in_features))
 
     @torch.inference_mode()
     def backward(self, n: int, head: int, first: int) -> None:
         """Gradients by the inputs of blocks from `first` on, and of the head."""
-        _ones(head, self.head.out_features) @ self.head.weight
+        linear(_ones(head, self.head.out_features), self.head.weight.t())
         for layer in (m for block in self.blocks[first:] for m in block):
-            _ones(n, layer.out_features) @ layer.weight
+            linear(_ones(n, layer.out_features), layer.weight.t())
 
     @torch.inference_mode()
     def adapt(self, n: int, adapters: Adapters) -> None:
@@ -80,7 +81,7 @@ class Line:
                     continue
                 x, y, low = (_ones(n, width) for width in (layer.in_features, layer.out_features, adapters.rank))
                 a, b = _ones(adapters.rank, layer.in_features), _ones(layer.out_features, adapters.rank)
-                _ = x @ a.T, low @ b.T, y @ b, low @ a, low.T @ x, y.T @ low
+                _ = linear(x, a), linear(low, b), linear(y, b.t()), linear(low, a.t()), linear(low.t(), x.t()), linear(y.t(), low.t())
 
 
 _kept: dict[tuple[int, int], Tensor] = {}
@@ -106,7 +107,12 @@ def extraction(model: ChatModel, line: Line, n: int) -> Both:
     weights = by_class(len(both))
     sequences = [encode_answer(model.tokenizer, t.question, t.answer, closing=False).ids for t in both]
     sizes = [batch.n_tokens for batch in read_in_batches(model, sequences, 1024)]
-    return lambda: stream_means(model, both, weights), lambda: in_lanes(line.forward, sizes, model.device)
+
+    def alone() -> None:
+        with sped_up(model.model):
+            in_lanes(line.forward, sizes, model.device)
+
+    return lambda: stream_means(model, both, weights), alone
 
 
 def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
@@ -131,7 +137,12 @@ def training(model: ChatModel, line: Line, name: str, steps: int) -> Both:
         line.backward(*piece, first)
         line.adapt(piece[0], adapters)
 
-    return ours, lambda: [in_lanes(one, step, model.device) for step in packs]
+    def alone() -> None:
+        with sped_up(model.model):
+            for step in packs:
+                in_lanes(one, step, model.device)
+
+    return ours, alone
 
 
 def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) -> Both:
@@ -141,11 +152,17 @@ def sweeping(model: ChatModel, line: Line, tokens: int, each: int, n_rows: int) 
     # The first token of an answer comes with its prompt; a stop is drawn too.
     steps = round(sum(len(r.token_ids) - (r.finish == "length") for r in answers) / n_rows)
 
-    def alone() -> None:
-        for n in prompts * len(conditions):
-            line.forward(n, 1)
+    n_lanes, _ = lanes_on(model.device)
+    shares = [(n_rows + i) // n_lanes for i in range(n_lanes)]
+
+    def decode(rows: int) -> None:
         for _ in range(steps):
-            line.forward(n_rows, n_rows)
+            line.forward(rows, rows)
+
+    def alone() -> None:
+        with laid_out(model.model):
+            in_lanes(lambda n: line.forward(n, 1), prompts * len(conditions), model.device)
+            in_lanes(decode, shares, model.device)
 
     return lambda: sweep(model, conditions, questions, each, n_rows), alone
 

@@ -174,8 +174,8 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "claim without a stored result is not measured.",
         "\n".join([*header, *main]),
         "## Missed targets and the line",
-        "The line is the time of the linear layers alone, in float32 with torch's products, on the same tokens (the judge's: of its own 8-bit layers). No code on these products passes it on that machine, whatever else it does. "
-        "Of training, extraction and the judge the products are shared out over the cores, of decoding they are of all rows on all threads. "
+        "The line is the time of the linear layers alone, in float32 by the faster of torch's two libraries, on the same tokens (the judge's: of its own 8-bit layers). No code on these products passes it on that machine, whatever else it does. "
+        "Products are shared out over the cores where that is faster. "
         "Ceilings were measured with the peer in one run; else the ratio is divided by the share of the line that was reached in a run of its own.",
         "\n".join(_reach(found)),
         "## Growth",

@@ -69,7 +69,7 @@ def needed(run: Run, size: Size, there: float | None) -> Memory:
     rows = run.spec.sampling.rows
     if run.device.startswith("cuda") or (run.planned and run.spec.device != "cpu"):  # a GPU holds whole panels
         rows = math.ceil(rows / panel_for(token)) * panel_for(token)
-    cache = rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * token
+    cache: float = rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * token
     weights = size.parameters * width
     if run.spec.device == "cpu" and weights <= MOST_KEPT:
         cache += weights  # laid out a second time while answers are sampled

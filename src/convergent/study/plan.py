@@ -7,7 +7,7 @@ model: a condition whose vectors wait for something counts as not done, the othe
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from convergent.core.ids import content_id
@@ -58,7 +58,8 @@ class _Plan:
     def __init__(self, run: Run, speed: Speed) -> None:
         self.run = run
         line = line_tokens_per_second(run, speed)
-        self.reading, self.sampling, self.training = (line * EFFICIENCY[k] for k in ("read", "sample", "train"))
+        self.reading, self.sampling = (line * EFFICIENCY[k] for k in ("read", "sample"))
+        self.training = line * EFFICIENCY["train"] * (speed.training or speed.flops) / speed.flops
         self.have = run.store.response_ids()
         self.judged = run.store.judgements(run.judge_id)
         self.n_each = run.spec.questions.samples * len(run.questions)
@@ -250,7 +251,10 @@ def _stage(name: str, what: str, total: int, done: int, seconds_each: float, not
 
 def speed_of(run: Run) -> Speed:
     """Of this machine, probed; or what the study file tells of another, for a base that is not here."""
-    return Speed(run.planned.tflops * 1e12) if run.planned else measure(run.device, run.dtype)
+    if run.planned:
+        return Speed(run.planned.tflops * 1e12)
+    speed = measure(run.device, run.dtype)
+    return speed if run.dtype == "float32" else replace(speed, training=measure(run.device, "float32").flops)
 
 
 def line_tokens_per_second(run: Run, speed: Speed) -> float:

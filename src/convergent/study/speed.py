@@ -46,6 +46,8 @@ class Speed:
     """Operations a second of all cores, with the machine to itself."""
     got: float = 1.0
     """Share of the clock that the probe was given, 0 to 1."""
+    training: float | None = None
+    """Operations a second in float32, which organisms are trained in; None if all work is at one rate."""
 
     @property
     def busy(self) -> bool:
