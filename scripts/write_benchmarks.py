@@ -171,7 +171,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "# Benchmarks",
         "Written by `scripts/write_benchmarks.py` from the lines that `make bench` stores; nothing here is typed by hand. Machines differ, so only ratios count: each is taken "
         "within a repeat, peer and project on the same work in one run with alternating order, and shown as median with its extremes. Bad rows stand with the good ones; a "
-        "claim without a stored result is not measured.",
+        "claim without a stored result is not measured. The same on two cores that have AVX2 and no more: [benchmarks_avx2.md](benchmarks_avx2.md).",
         "\n".join([*header, *main]),
         "## Missed targets and the line",
         "The line is the time of the linear layers alone, in float32 by the faster of torch's two libraries, on the same tokens (the judge's: of its own 8-bit layers). No code on these products passes it on that machine, whatever else it does. "
