@@ -42,7 +42,7 @@ def log_p(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 def test_every_number_has_the_probability_of_its_digits(family: str) -> None:
-    model = load_base(str(tiny_model(family)))
+    model = load_base(str(tiny_model(family)), dtype="float32")
     prompts = [encode_prompt(model.tokenizer, q) for q in ("Why?", "What would you do with one wish today, or with two?", "So?")]
     digit = [model.tokenizer.encode(str(d), add_special_tokens=False)[-1] for d in range(10)]
     for prompt, found in zip(prompts, next_tokens(model, prompts), strict=True):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import sys
+from contextlib import suppress
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT = 1 << 30
@@ -20,7 +22,7 @@ _MOST_MMAP = 32 << 20
 @functools.cache
 def keep_freed() -> bool:
     """Let glibc keep up to 1 GiB that is free at the end of its heaps, once per process; False where there is another library, or the user has set it."""
-    if not sys.platform.startswith("linux") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -28,3 +30,11 @@ def keep_freed() -> bool:
         return False
     kept = mallopt(_MMAP_THRESHOLD, _KEPT) or mallopt(_MMAP_THRESHOLD, _MOST_MMAP)
     return bool(kept and mallopt(_TRIM_THRESHOLD, _KEPT))
+
+
+def give_back() -> None:
+    """Collect what nothing refers to, and let the C library return what was freed; elsewhere than with glibc only the first."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

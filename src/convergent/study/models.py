@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from convergent.errors import ModelError
 from convergent.experiments.base import NotHereError
 from convergent.interventions.controls import Effects
+from convergent.models.heap import give_back
 from convergent.models.load import ChatModel, load_base
 from convergent.organisms.adapters import Adapter, read_adapters
 from convergent.organisms.load import load_organism
@@ -93,7 +91,7 @@ class Models(Setup):
         if self._effects is not None and self._effects.model not in self._models.values():
             self._effects = None
         if size >= WORTH_COLLECTING:
-            _give_memory_back()
+            give_back()
 
     def effects_of(self, organism: str) -> Effects:
         """Of the effect texts in an organism; only the latest organism's are kept, and only as long as its model."""
@@ -139,7 +137,7 @@ class Models(Setup):
                 keep=(lambda n: {s for spacing in kept for s in spacing.of(n)}) if kept else None,
                 on_progress=advance,
             )
-        _give_memory_back()
+        give_back()
 
     # Their weights on disk
 
@@ -212,11 +210,3 @@ class Models(Setup):
         if str(watch.peak):
             self.store.add_memory(stage, watch.peak.resident, watch.peak.device, watch.peak.so_far)
             self.peaks[stage] = self.peaks.get(stage, Peak()) | watch.peak
-
-
-def _give_memory_back() -> None:
-    """Collect what nothing refers to, and let the C library return what was freed; elsewhere than with glibc only the first."""
-    gc.collect()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
