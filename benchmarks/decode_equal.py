@@ -7,7 +7,7 @@ claim is about the whole call, and a row beside it takes a run of one new token 
 from __future__ import annotations
 
 from common import OURS, Sides, arguments, finish, row, started
-from decoding import CEILING, LINE, QUESTION, VARIANTS, attention, endless, generate, line, ours, per_token, prompts
+from decoding import CEILING, LINE, QUESTION, VARIANTS, attention, endless, generate, line, ours, per_token, prompts, suffix
 
 from convergent.models.load import load_base
 
@@ -52,13 +52,14 @@ def main() -> None:
     sides = {name: lambda n=name: measure(n) for name in runs}
     measured = Sides(sides | {LINE: lambda: line(model, options.rows)}).measure(options.repeats)
     measured.failed |= trial.failed
+    end = suffix(options.dtype)
     settings = {"rows": options.rows, "tokens": tokens, "dtype": options.dtype, "tried": trial.figures}
     rows = {
-        "decode_equal": row(measured.ratios(OURS, best), 2.2, f"transformers {best}", "reading the prompt included: `generate` reads it for every row, ours once"),
-        "decode_equal_without_prompts": row(alone.ratios(OURS, best), None, f"transformers {best}", "decode alone: both sides' time less that of a run with one new token"),
-        "decode_equal_ceiling": row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING),
+        f"decode_equal{end}": row(measured.ratios(OURS, best), 2.2, f"transformers {best}", "reading the prompt included: `generate` reads it for every row, ours once"),
+        f"decode_equal{end}_without_prompts": row(alone.ratios(OURS, best), None, f"transformers {best}", "decode alone: both sides' time less that of a run with one new token"),
+        f"decode_equal{end}_ceiling": row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING),
     }
-    finish(options, "decode_equal", rows, measured, "tokens/s", settings=settings, without_prompts=alone.figures)
+    finish(options, f"decode_equal{end}", rows, measured, "tokens/s", settings=settings, without_prompts=alone.figures)
 
 
 if __name__ == "__main__":

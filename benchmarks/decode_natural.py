@@ -7,7 +7,7 @@ tokens up to the stop per second; answers per second stand beside it.
 from __future__ import annotations
 
 from common import OURS, Sides, arguments, finish, row, started
-from decoding import CEILING, LINE, VARIANTS, attention, generate, line, ours, prompts
+from decoding import CEILING, LINE, VARIANTS, attention, generate, line, ours, prompts, suffix
 
 from convergent.data.questions import load_questions
 from convergent.models.load import load_base
@@ -21,12 +21,13 @@ def main() -> None:
     parser.add_argument("--answers", type=int, help="of eight questions together (default 128, with --quick 32)")
     parser.add_argument("--tokens", type=int, help="most new tokens of an answer (default 200, with --quick 32)")
     parser.add_argument("--rows", type=int, default=128, help="of our batch")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of both sides")
     parser.add_argument("--variant", default="generate, sdpa", choices=sorted(VARIANTS), help="how generate is called; see decode_equal.py")
     options = started(parser)
     tokens = options.tokens or (32 if options.quick else 200)
     questions = load_questions("open_eight")
     per_question = max(1, (options.answers or (32 if options.quick else 128)) // len(questions))
-    model = load_base(dtype="float32")
+    model = load_base(dtype=options.dtype)
     asked = prompts(model, questions, per_question)
     answers_per_second: dict[str, list[float]] = {}
 
@@ -55,13 +56,14 @@ def main() -> None:
     answers_per_second.clear()
     measured = Sides({OURS: ours_speed, best: peers[best], LINE: lambda: line(model, options.rows)}).measure(options.repeats)
     by_answer = [a / b for a, b in zip(answers_per_second[OURS], answers_per_second.get(best, []), strict=False)]
+    end = suffix(options.dtype)
     rows = {
-        "decode_natural": row(measured.ratios(OURS, best), 3.0, f"transformers {best}", f"tokens up to the stop per second; {READING}"),
-        "decode_natural_answers": row(by_answer, None, f"transformers {best}", f"answers per second; {READING}"),
-        "decode_natural_ceiling": row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING),
+        f"decode_natural{end}": row(measured.ratios(OURS, best), 3.0, f"transformers {best}", f"tokens up to the stop per second; {READING}"),
+        f"decode_natural{end}_answers": row(by_answer, None, f"transformers {best}", f"answers per second; {READING}"),
+        f"decode_natural{end}_ceiling": row(measured.ratios(LINE, best), None, f"transformers {best}", CEILING),
     }
-    settings = {"answers": len(asked), "tokens": tokens, "rows": options.rows, "variant": options.variant, "tried": trial.figures}
-    finish(options, "decode_natural", rows, measured, "tokens/s", settings=settings)
+    settings = {"answers": len(asked), "tokens": tokens, "rows": options.rows, "dtype": options.dtype, "variant": options.variant, "tried": trial.figures}
+    finish(options, f"decode_natural{end}", rows, measured, "tokens/s", settings=settings)
 
 
 if __name__ == "__main__":

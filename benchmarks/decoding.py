@@ -148,7 +148,12 @@ def _of_products(model: ChatModel, shares: Sequence[int], passes: int) -> float:
 
 
 LINE = "linear layers alone"
-CEILING = "what the linear layers alone would reach there: no float32 sampler on torch's products, MKL's or oneDNN's, passes it on this machine"
+CEILING = "what the linear layers alone would reach there in our side's dtype: no sampler on torch's products, MKL's or oneDNN's, passes it on this machine"
+
+
+def suffix(dtype: str) -> str:
+    """Of the names of a claim's rows: float32 is the plain one."""
+    return "" if dtype == "float32" else f"_{dtype}"
 
 
 def peak(model: ChatModel, size: int = 2048) -> float:

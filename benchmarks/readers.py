@@ -42,7 +42,7 @@ def main() -> None:
 
             sides[f"{dtype}, {readers}"] = speed
 
-        sides[f"{LINE}, {readers}"] = lambda readers=readers: line(models["float32"], readers)
+        sides[f"{LINE}, {readers}"] = lambda readers=readers: line(models[dtypes[-1]], readers)
 
         def peer(readers=readers, asked=asked):  # type: ignore[no-untyped-def]
             answer = children[readers].ask({"prompts": asked, "tokens": tokens})

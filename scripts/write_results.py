@@ -1,6 +1,6 @@
 """Fill the results of README.md and docs/results.md from finished study folders, so that no figure in the docs is typed by hand.
 
-    python scripts/write_results.py demo [runs/seeds/seed1 runs/seeds/seed2]
+    python scripts/write_results.py demo [runs/seeds/seed1 runs/seeds/seed2] [runs/demo_float32]
     python scripts/write_results.py runs/paper_small --page docs/results_paper_small.md --note "Run on ..."    this page alone
 """
 
@@ -23,27 +23,27 @@ COLUMNS = {"name": "condition", "mean_aligned": "mean alignment", "em_valid": "E
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", type=Path, nargs="+", help="folders of finished studies, one per seed")
+    parser.add_argument("studies", type=Path, nargs="+", help="folders of finished studies, one per seed or dtype")
     parser.add_argument("--page", type=Path, help="write this page, and not those of the demo")
     parser.add_argument("--note", default="", help="a sentence on how it was run")
     options = parser.parse_args()
     folders: list[Path] = options.studies
     first = folders[0]
     claims = [json.loads((f / "claims.json").read_text(encoding="utf-8")) for f in folders]
-    seeds = [json.loads((f / "manifest.json").read_text(encoding="utf-8"))["study"]["seed"] for f in folders]
+    names = _names(folders)
     if options.page is None:
         readme = ROOT / "README.md"
         text = readme.read_text(encoding="utf-8")
-        block = "<!-- results:begin -->\n" + claim_table(claims, seeds) + "\n<!-- results:end -->"
+        block = "<!-- results:begin -->\n" + claim_table(claims, names) + "\n<!-- results:end -->"
         readme.write_text(re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda m: block, text, flags=re.S), encoding="utf-8")
     parts = [
         "# Results at 135M\n\nWritten by `scripts/write_results.py` from finished studies; nothing here is typed by hand. "
         f"Judge: {', '.join(dict.fromkeys(_judge(f) for f in folders))}. {options.note}".strip() + "\n",
-        "## Verdicts by seed\n\n" + claim_table(claims, seeds),
+        "## Verdicts by run\n\n" + claim_table(claims, names),
     ]
-    for folder, seed in zip(folders, seeds, strict=True):
-        parts.append(f"## Conditions, seed {seed}\n\n" + condition_table(folder))
-    parts.append(f"## Evidence, seed {seeds[0]}\n\n" + evidence(claims[0]))
+    for folder, name in zip(folders, names, strict=True):
+        parts.append(f"## Conditions, {name}\n\n" + condition_table(folder))
+    parts.append(f"## Evidence, {names[0]}\n\n" + evidence(claims[0]))
     parts.append("## Directions\n\n" + geometry(first))
     (options.page or ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -53,9 +53,16 @@ def _judge(folder: Path) -> str:
     return name.partition("#")[0]
 
 
-def claim_table(claims: list[list[dict[str, Any]]], seeds: list[int]) -> str:
-    """Claim by seed. A verdict counts the comparisons that support, oppose and leave open."""
-    lines = ["| claim | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---|" + "---|" * len(seeds)]
+def _names(folders: list[Path]) -> list[str]:
+    """Each run by its seed, and by its dtype where they differ."""
+    manifests = [json.loads((f / "manifest.json").read_text(encoding="utf-8")) for f in folders]
+    differ = len({m["dtype"] for m in manifests}) > 1
+    return [f"seed {m['study']['seed']}" + (f", {m['dtype']}" if differ else "") for m in manifests]
+
+
+def claim_table(claims: list[list[dict[str, Any]]], names: list[str]) -> str:
+    """Claim by run. A verdict counts the comparisons that support, oppose and leave open."""
+    lines = ["| claim | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for i, claim in enumerate(claims[0]):
         cells = []
         for run in claims:
