@@ -1,13 +1,14 @@
 """Decoding 128 rows against the machine's own line, measured in the same run: fp32, and bf16 where the CPU has it.
 
 The line is the time of the linear layers alone, in their own shapes at this number of rows and in the model's order, so that weights come from memory as they do in
-decoding. Beside it stands the stricter one: the rate of a large square matrix product over the floating-point work of a token.
+decoding: by torch's `linear` on all threads, and, stricter, by whatever is fastest on the machine. Beside them stands the rate of a large square matrix product over the
+floating-point work of a token.
 """
 
 from __future__ import annotations
 
 from common import Sides, arguments, finish, row, started
-from decoding import NO_BF16, QUESTION, endless, has_bf16, line, ours, peak
+from decoding import NO_BF16, QUESTION, endless, has_bf16, line, ours, peak, torchs_line
 
 from convergent.models.load import load_base
 
@@ -29,13 +30,15 @@ def main() -> None:
             seconds, _, drawn = ours(model, [QUESTION], options.rows, tokens, options.rows)
             return drawn / seconds
 
-        sides |= {dtype: decode, f"line {dtype}": lambda m=model: line(m, options.rows), f"peak {dtype}": lambda m=model: peak(m)}
+        sides |= {dtype: decode, f"line {dtype}": lambda m=model: torchs_line(m, options.rows), f"fastest {dtype}": lambda m=model: line(m, options.rows), f"peak {dtype}": lambda m=model: peak(m)}
         ours(model, [QUESTION], options.rows, 2, options.rows)
     measured = Sides(sides, ours=tuple(sides)).measure(options.repeats)
     rows = {}
     for dtype, target in TARGETS.items():
         note = "" if dtype in dtypes else NO_BF16
         rows[f"decode_line_{dtype}"] = row(measured.ratios(dtype, f"line {dtype}"), target, "linear layers alone, same run", note)
+        fastest = "linear layers alone, by the fastest library and layout, on all threads or a core each"
+        rows[f"decode_line_{dtype}_fastest"] = row(measured.ratios(dtype, f"fastest {dtype}"), target, fastest, note)
         rows[f"decode_peak_{dtype}"] = row(measured.ratios(dtype, f"peak {dtype}"), None, "large matrix product's rate over FLOPs of a token", note)
     finish(options, "decode_line", rows, measured, "tokens/s", settings={"rows": options.rows, "tokens": tokens})
 

@@ -121,14 +121,19 @@ def line(model: ChatModel, rows: int, passes: int = 3) -> float:
     By torch's own products and by those that are fastest on this machine (`models.products`), each of all rows on all threads and shared out over the cores:
     the best of the four counts.
     """
+    n_lanes, _ = lanes_on(model.device)
+    ways = [[rows], *([[(rows + i) // n_lanes for i in range(n_lanes)]] if 1 < n_lanes <= rows else [])]
     best = 0.0
-    for kept in (nullcontext(), laid_out(model.model)):
-        with torch.inference_mode(), kept:
-            best = max(best, _of_products(model, [rows], passes))
-            n_lanes, _ = lanes_on(model.device)
-            if 1 < n_lanes <= rows:
-                best = max(best, _of_products(model, [(rows + i) // n_lanes for i in range(n_lanes)], passes))
+    for products in (nullcontext(), laid_out(model.model)):
+        with torch.inference_mode(), products:
+            best = max(best, *(_of_products(model, shares, passes) for shares in ways))
     return best
+
+
+@torch.inference_mode()
+def torchs_line(model: ChatModel, rows: int, passes: int = 3) -> float:
+    """The same by torch's own products of all rows on all threads: what a program that calls `linear` is given."""
+    return _of_products(model, [rows], passes)
 
 
 def _of_products(model: ChatModel, shares: Sequence[int], passes: int) -> float:

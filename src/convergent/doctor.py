@@ -16,6 +16,7 @@ def examine() -> tuple[list[str], bool]:
 
     from convergent.models.dtype import WORTH_IT, bf16_speedup
     from convergent.models.load import embedded_gguf
+    from convergent.models.products import by_onednn
     from convergent.study.results import machine, versions
 
     lines = [f"machine   {machine()}, {torch.get_num_threads()} torch threads"]
@@ -30,6 +31,8 @@ def examine() -> tuple[list[str], bool]:
             lines.append("problem   less than 2 GiB free: the embedded model needs 0.6, a study about 0.1")
             healthy = False
         speed = bf16_speedup()
+        library = "oneDNN" if by_onednn(torch.float32, torch.device("cpu")) else "the library that torch chooses"
+        lines.append(f"products  float32 is multiplied by {library} on this CPU")
         lines.append(f"dtype     bfloat16 is {speed:.2f} times as fast as float32 here: auto is {'bfloat16' if speed >= WORTH_IT else 'float32'}")
     except ConvergentError as error:
         lines.append(f"problem   {error}")
