@@ -26,6 +26,7 @@ from convergent.models.attention import ABSENT, attending_by, plain_layers, wind
 from convergent.models.head import head_is_plain
 from convergent.models.lanes import in_lanes
 from convergent.models.load import ChatModel
+from convergent.models.patched import forward_of
 from convergent.models.positions import rescaled_from
 from convergent.models.products import sped_up
 from convergent.models.texts import batches, padded
@@ -297,22 +298,10 @@ def _ready(model: ChatModel) -> Iterator[None]:
         stack.enter_context(attending_by(model.model, ATTENTION, attention))
         stack.enter_context(sped_up(model.model))
         for layer, block in enumerate(model.anatomy.blocks):
-            stack.enter_context(_forward(block, _resumable(block.forward, layer)))
+            stack.enter_context(forward_of(block, _resumable(block.forward, layer)))
         _in_use.add(model.model)
         stack.callback(_in_use.discard, model.model)
         yield
-
-
-@contextmanager
-def _forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own
 
 
 def _resumable(own: Callable[..., Any], layer: int) -> Callable[..., Any]:

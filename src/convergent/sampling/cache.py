@@ -71,6 +71,8 @@ class Step:
     """(batch,) rows of the cache and slots that new tokens take, alike in all layers."""
     hidden: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     """By window and span: what is out of sight in a row's own slots, alike in all layers that have them."""
+    turns: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    """By the identity of a rotary sine, which is kept with it: what `turned` returns."""
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Rows and slots of one new token each."""
@@ -78,6 +80,13 @@ class Step:
             slots = (self.positions if self.before is None else self.positions - self.before)[:, 0]
             self.written = torch.arange(self.rows.start, self.rows.stop, device=slots.device), slots
         return self.written
+
+    def turned(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rotary cosines and sines (batch, 1, head_dim), both (batch, 1, 1, head_dim), with the sine of the first half negative; alike in all layers."""
+        if id(sin) not in self.turns:
+            half = sin.shape[-1] // 2
+            self.turns[id(sin)] = sin, cos[:, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, None]
+        return self.turns[id(sin)][1:]
 
     def attended(self, key: Tensor, value: Tensor) -> None:
         """A layer attends to these. A prompt that is stored once is read as it is stored: a model must not make other keys of it on the way."""

@@ -35,6 +35,7 @@ from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.models.products import laid_out
 from convergent.sampling.attention import ATTENTION, attention
+from convergent.sampling.blocks import decoding_blocks
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import Lane, Row, Tally, Work, prove
 from convergent.sampling.prefill import OWN_ATTENTION
@@ -74,7 +75,7 @@ def sample(
     with slot_attention(model.model), laid_out(model.model):
         prove(model, next(iter(prompts.values())))
         _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
-        with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows:
+        with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows, decoding_blocks(model, n_threads):
             for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
                 done[index] = response
                 if on_response is not None:
