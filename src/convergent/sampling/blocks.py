@@ -99,7 +99,7 @@ def decoding_blocks(model: ChatModel, n_threads: int) -> Iterator[int]:
     """
     with ExitStack() as stack:
         n, name = 0, cache_name(model.model)
-        for block, parts in _fitting(model, n_threads) if model.device.type == "cpu" else ():
+        for block, parts in fitting(model, n_threads) if model.device.type == "cpu" else ():
             if not any(_hooked(m) for m in block.modules() if m is not block):
                 stack.enter_context(forward_of(block, _decoding(block.forward, parts, name)))
                 n += 1
@@ -110,7 +110,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], list[tuple[nn
 
 
 @torch.inference_mode()
-def _fitting(model: ChatModel, n_threads: int) -> list[tuple[nn.Module, _Parts]]:
+def fitting(model: ChatModel, n_threads: int) -> list[tuple[nn.Module, _Parts]]:
     """The blocks of the known kind that give the same bits both ways; tried once per model, dtype, number of threads and library."""
     found = [(block, parts) for block in model.anatomy.blocks if (parts := _parts(block)) is not None]
     if not found:

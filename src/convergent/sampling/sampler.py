@@ -35,7 +35,7 @@ from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.models.products import laid_out
 from convergent.sampling.attention import ATTENTION, attention
-from convergent.sampling.blocks import decoding_blocks
+from convergent.sampling.blocks import decoding_blocks, fitting
 from convergent.sampling.invariance import shape_of
 from convergent.sampling.lane import Lane, Row, Tally, Work, prove
 from convergent.sampling.prefill import OWN_ATTENTION
@@ -74,6 +74,8 @@ def sample(
     done: dict[int, Response] = {}
     with slot_attention(model.model), laid_out(model.model):
         prove(model, next(iter(prompts.values())))
+        if model.device.type == "cpu":
+            fitting(model, n_threads)  # remembered: with hooks inside, blocks would compute something else
         _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
         with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows, decoding_blocks(model, n_threads):
             for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
