@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convergent.errors import ModelError
-from convergent.models.anatomy import stream, with_stream
 from convergent.models.attention import ABSENT, attending_by, plain_layers, window_of
 from convergent.models.head import head_is_plain
 from convergent.models.lanes import in_lanes
 from convergent.models.load import ChatModel
-from convergent.models.patched import forward_of
 from convergent.models.positions import rescaled_from
 from convergent.models.products import sped_up
+from convergent.models.resumed import resumable, resuming
 from convergent.models.texts import batches, padded
 
 ATTENTION = "convergent_forest"
@@ -126,13 +125,6 @@ class _Now(threading.local):
 
     forest: Forest
     calls = 0
-    kept: dict[int, Any]
-    """Block -> its output, of the batch that is read."""
-    clean = 0
-    """Blocks from the first on that compute as in the clean model."""
-    latest = -1
-    """The block after which computing resumes; -1: all are run."""
-    keep: Collection[int] = ()
 
 
 _now = _Now()
@@ -263,14 +255,12 @@ def run(model: ChatModel, batch: Batch, call: Callable[..., Any] | None = None, 
     call = model.anatomy.body if call is None else call
     if batch.forest is None:
         return call(**batch.inputs, use_cache=False, **more)
-    with _ready(model):
-        _now.forest, _now.kept, _now.clean, _now.keep = batch.forest, batch.kept, clean, keep
-        _now.latest = max((layer for layer in batch.kept if layer < clean), default=-1)
+    with _ready(model), resuming(batch.kept, clean, keep):
+        _now.forest = batch.forest
         try:
             return call(**batch.inputs, use_cache=False, **more)
         finally:
-            del _now.forest, _now.kept
-            _now.clean, _now.latest = 0, -1
+            del _now.forest
 
 
 def run_each(model: ChatModel, items: Sequence[T], read: Callable[[T], R]) -> list[R]:
@@ -297,31 +287,10 @@ def _ready(model: ChatModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(attending_by(model.model, ATTENTION, attention))
         stack.enter_context(sped_up(model.model))
-        for layer, block in enumerate(model.anatomy.blocks):
-            stack.enter_context(forward_of(block, _resumable(block.forward, layer)))
+        stack.enter_context(resumable(model.anatomy.blocks))
         _in_use.add(model.model)
         stack.callback(_in_use.discard, model.model)
         yield
-
-
-def _resumable(own: Callable[..., Any], layer: int) -> Callable[..., Any]:
-    """A block that is not run where its output, or that of a later block, is kept; hooks on what it hands on still run."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if layer <= _now.latest:
-            kept = _now.kept.get(layer)
-            # Below the block that computing resumes after, nobody looks at what is handed on.
-            return _copied(kept) if kept is not None else with_stream(_now.kept[_now.latest], args[0] if args else kwargs["hidden_states"])
-        output = own(*args, **kwargs)
-        if layer < _now.clean and layer in _now.keep:
-            _now.kept[layer] = _copied(output)
-        return output
-
-    return forward
-
-
-def _copied(output: Any) -> Any:
-    return with_stream(output, stream(output).clone())  # some blocks go on in place
 
 
 _packs: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -133,6 +133,11 @@ class SlotCache:
         self._stacks: list[_Stack] = []
         self._prompts: list[tuple[SlotCache, int] | None] = [None] * n_rows
 
+    @property
+    def n_bytes(self) -> int:
+        """Of what is stored in it, prompts outside its rows left out."""
+        return sum(t.nbytes for store in (self.keys, self.values) for t in store.values())
+
     def before(self, row: int) -> int:
         """Tokens of a row that are not in its own slots."""
         prompt = self._prompts[row]

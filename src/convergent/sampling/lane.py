@@ -9,21 +9,20 @@ from __future__ import annotations
 import gc
 import math
 import threading
-import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convergent.core.ids import uniforms
 from convergent.core.values import Response
-from convergent.errors import ConvergentError, ModelError
+from convergent.errors import ModelError
 from convergent.interventions.hooks import Rows
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
@@ -32,38 +31,10 @@ from convergent.sampling.draw import checked, choose, sent
 from convergent.sampling.graphs import Graphs
 from convergent.sampling.invariance import Shape, smaller
 from convergent.sampling.memory import out_of_memory
-from convergent.sampling.prefill import OWN_ATTENTION, Reader, Start
+from convergent.sampling.prefill import Reader, Start
+from convergent.sampling.proof import last_logits
 from convergent.sampling.requests import Request
-
-_proven: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@torch.inference_mode()
-def prove(model: ChatModel, prompt: Sequence[int]) -> None:
-    """Read the first tokens of a prompt and decode one, once per model and with no intervention in force. Raises ModelError if the sampler cannot run it."""
-    name, device, n = type(model.model).__name__, model.device, min(4, len(prompt))
-    if model.model in _proven:
-        return
-    cache, ids, positions = SlotCache(1, n + 1), torch.tensor([prompt[:n]], device=device), torch.arange(n, device=device)[None]
-    for these, at, furthest in ((ids, positions, n), (ids[:, -1:], positions[:, -1:] + 1, n + 1)):
-        step = cache.begin(slice(0, 1), at, furthest)
-        step.proving = True
-        try:
-            _last_logits(model.model, cache_name(model.model), these, at, cache)
-        except Exception as error:
-            if isinstance(error, ConvergentError) or out_of_memory(error):
-                raise
-            # A model that asks the cache for what it does not have, or hands attention other shapes, fails in ways of its own.
-            why = " ".join(str(error).split())[:160]
-            raise ModelError(f"{OWN_ATTENTION.format(name)} ({type(error).__name__}: {why})") from error
-        if not step.stored == step.read == model.n_layers:
-            raise ModelError(OWN_ATTENTION.format(name))
-    _proven.add(model.model)
-
-
-def _last_logits(model: Any, cache_name: str, ids: Tensor, positions: Tensor, cache: SlotCache, kept: int | Tensor = 1) -> Tensor:
-    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=kept, **{cache_name: cache}).logits
-    return logits[:, -1]
+from convergent.sampling.stems import Prompt, Stems
 
 
 def lag_on(device: torch.device) -> int:
@@ -86,6 +57,11 @@ class Row:
     place: int | None = None
     """Its row of the cache, while it has one."""
     ended: bool = False
+
+    @property
+    def asked(self) -> Prompt:
+        """What is read for it."""
+        return self.condition, self.prompt
 
     @property
     def position(self) -> int:
@@ -150,37 +126,51 @@ class Tally:
         self.panels += other.panels
 
 
-Prompt: TypeAlias = tuple[int, tuple[int, ...]]
-"""A condition's number and the prompt's tokens."""
-
-
 class Work:
-    """What is to be answered, shared by the lanes: requests in order, and the prompts that were read for them."""
+    """What is to be answered, shared by the lanes: requests by prompt, and the prompts that were read for them.
 
-    def __init__(self, rows: Sequence[Row], n_lanes: int) -> None:
-        # Requests that share condition and prompt follow each other, so that one prefill serves them all.
-        self.rows = deque(sorted(rows, key=lambda r: (r.condition, r.request.question, r.request.system)))
+    One prefill serves all requests of a prompt, and a lane keeps to its own prompt as long as it has requests: lanes that took them in turns would wait for
+    each other's prefills.
+    """
+
+    def __init__(self, rows: Sequence[Row], n_lanes: int, clean: Sequence[int]) -> None:
+        """`clean`: see `Stems`, of every condition."""
+        self._groups: dict[Prompt, deque[Row]] = {}
+        for row in sorted(rows, key=lambda r: (r.condition, r.request.question, r.request.system)):
+            self._groups.setdefault(row.asked, deque()).append(row)
+        self._begun: set[Prompt] = set()
+        """Prompts that some lane has taken requests of."""
+        self.stems = Stems(clean, self._groups)
         self._lengths = [(len(r.prompt), r.most) for r in rows]
         self.stopped = threading.Event()
         self._kept = 2 * n_lanes
-        self._starts: OrderedDict[Prompt, Future[Start]] = OrderedDict()
+        self._starts: dict[Prompt, Future[Start]] = {}
         self._lock = threading.Lock()
 
     def longest(self, sharing: bool) -> int:
         """Most slots that a row will fill, if long prompts are stored apart or not."""
         return max((new if stored_apart(prompt, sharing) else prompt + new for prompt, new in self._lengths), default=1)
 
-    def take(self) -> Row | None:
-        """The next request, or None."""
+    def take(self, own: Prompt | None) -> Row | None:
+        """The next request of the prompt `own`, else of one that no lane has begun, else of any, or None."""
         with self._lock:
-            return self.rows.popleft() if self.rows and not self.stopped.is_set() else None
+            if self.stopped.is_set() or not self._groups:
+                return None
+            new = (p for p in self._groups if p not in self._begun)
+            prompt = own if own in self._groups else next(new, next(iter(self._groups)))
+            self._begun.add(prompt)
+            row = self._groups[prompt].popleft()
+            if not self._groups[prompt]:
+                del self._groups[prompt]
+            return row
 
     def give_back(self, rows: Sequence[Row]) -> None:
         """Requests to begin anew."""
         for row in rows:
             row.begin_anew()
         with self._lock:
-            self.rows.extendleft(reversed(rows))
+            for row in reversed(rows):
+                self._groups.setdefault(row.asked, deque()).appendleft(row)
 
     def start(self, prompt: Prompt, read: Callable[[], Start]) -> Start:
         """The prompt's cache and logits: by `read` the first time it is asked for, by whichever lane."""
@@ -189,8 +179,9 @@ class Work:
             mine = future is None
             if future is None:
                 future = self._starts[prompt] = Future()
-                while len(self._starts) > self._kept:
-                    self._starts.popitem(last=False)
+                over = [p for p in self._starts if p not in self._groups][: max(0, len(self._starts) - self._kept)]
+                for old in over:  # nobody will ask for these again
+                    del self._starts[old]
         if mine:
             try:
                 future.set_result(read())
@@ -214,8 +205,10 @@ class Lane:
         self.tally = Tally()
         self._cache_name = cache_name(model.model)
         self._lag = lag_on(model.device)
-        self._reader = Reader(model, self._forward)
+        self._reader = Reader(model, self._forward, work.stems)
         self.active: list[Row] = []
+        self._asked: Prompt | None = None
+        """What was read, by this lane or another, for the request that it took last."""
         self._unseen: deque[_Drawn] = deque()
         """Draws that the host has not looked at, the oldest first."""
         self._make_room()
@@ -260,6 +253,7 @@ class Lane:
         self.tally.halved += 1
         del self.cache, self._graphs, self._logits
         self._reader.forget()
+        self.work.stems.forget()
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -275,10 +269,11 @@ class Lane:
         """Give the places that are free to the next requests and draw their first tokens; whether there were any."""
         come: list[Row] = []
         starts: list[Tensor] = []
-        while len(self.active) < self.limit and (row := self.work.take()) is not None:
+        while len(self.active) < self.limit and (row := self.work.take(self._asked)) is not None:
+            self._asked = row.asked
             row.place = len(self.active)
             self.active.append(row)
-            prefilled, logits = self.work.start((row.condition, row.prompt), lambda row=row: self._read(row, rows))  # type: ignore[misc]
+            prefilled, logits = self.work.start(row.asked, lambda row=row: self._read(row, rows))  # type: ignore[misc]
             put = self.cache.share_row if stored_apart(len(row.prompt), self.shape.shares) else self.cache.copy_row
             put(prefilled, row.place, len(row.prompt))
             come.append(row)
@@ -289,7 +284,7 @@ class Lane:
 
     def _read(self, row: Row, rows: Rows) -> Start:
         self.tally.prefilled += len(row.prompt)
-        return self._reader.read(row.prompt, row.condition, rows)
+        return self._reader.read(row.asked, rows)
 
     def _decode(self, rows: Rows) -> Tensor:
         """(active, vocabulary) logits after the latest token of every active row; written over by the next call."""
@@ -323,7 +318,7 @@ class Lane:
         self._logits[part] = logits
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: SlotCache, **more: Any) -> Tensor:
-        return _last_logits(self.model.model, self._cache_name, ids, positions, cache, **more)
+        return last_logits(self.model.model, self._cache_name, ids, positions, cache, **more)
 
     def _draw(self, members: Sequence[Row], logits: Tensor) -> None:
         """Draw the next token of these rows, whose places follow each other; those that have all theirs leave."""

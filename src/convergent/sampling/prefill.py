@@ -1,4 +1,4 @@
-"""Reading prompts, each alone: what follows from a prompt depends on nothing else.
+"""Reading prompts, each alone: what follows from a prompt depends on nothing else. What conditions share of one is read once (`stems`).
 
 On a GPU a prompt is filled up to a multiple of SPAN tokens, so that there are few shapes and a pass can be replayed: launched one by one, its
 thousand small kernels take ten times as long as they run. What is filled in comes after the prompt, which does not look ahead.
@@ -21,11 +21,9 @@ from convergent.models.load import ChatModel
 from convergent.sampling.cache import SPAN, SlotCache
 from convergent.sampling.draw import sent
 from convergent.sampling.graphs import Graphs
+from convergent.sampling.proof import OWN_ATTENTION
+from convergent.sampling.stems import Prompt, Stems
 
-OWN_ATTENTION = (
-    "{}: its attention does not go through the attention interface of transformers in every layer, or it keeps a state of its own, so it cannot be "
-    "sampled; choose another base"
-)
 Start: TypeAlias = tuple[SlotCache, Tensor]
 """Cache of one row and (1, vocabulary) logits after the prompt."""
 
@@ -47,8 +45,8 @@ class _Frame:
 class Reader:
     """Reads prompts of one model with `forward` (ids, positions, cache, kept=...) -> (1, vocabulary) logits."""
 
-    def __init__(self, model: ChatModel, forward: Callable[..., Tensor]) -> None:
-        self._model, self._forward = model, forward
+    def __init__(self, model: ChatModel, forward: Callable[..., Tensor], stems: Stems) -> None:
+        self._model, self._forward, self._stems = model, forward, stems
         self.fills_up = model.device.type == "cuda"
         self.forget()
 
@@ -57,15 +55,17 @@ class Reader:
         self._frames: dict[int, _Frame] = {}
         self._graphs = Graphs(self._model.device)
 
-    def read(self, prompt: tuple[int, ...], condition: int, rows: Rows) -> Start:
-        """Cache and logits after the prompt, under that condition."""
+    def read(self, asked: Prompt, rows: Rows) -> Start:
+        """Cache and logits after the prompt, under its condition."""
+        condition, prompt = asked
         if self.fills_up:
             return self._replayed(prompt, condition, rows)
         device, n = self._model.device, len(prompt)
         cache = SlotCache(1, n)
         rows.set([condition])
-        logits = self._pass(cache, torch.tensor([prompt], device=device), torch.arange(n, device=device)[None])
-        cache.stack()  # before other lanes see it
+        with self._stems.reading(asked, cache) as n_read:
+            logits = self._pass(cache, torch.tensor([prompt], device=device), torch.arange(n, device=device)[None], n_read=n_read)
+            cache.stack()  # before other lanes see it
         return cache, logits
 
     def _replayed(self, prompt: tuple[int, ...], condition: int, rows: Rows) -> Start:
@@ -93,9 +93,10 @@ class Reader:
             frame.logits = torch.empty_like(logits)
         frame.logits.copy_(logits)
 
-    def _pass(self, cache: SlotCache, ids: Tensor, positions: Tensor, kept: int | Tensor = 1) -> Tensor:
+    def _pass(self, cache: SlotCache, ids: Tensor, positions: Tensor, kept: int | Tensor = 1, n_read: int = 0) -> Tensor:
+        """`n_read`: blocks from the first on that are not run."""
         step = cache.begin(slice(0, 1), positions, ids.shape[1])
         logits = self._forward(ids, positions, cache, kept=kept)
-        if not step.stored == step.read == self._model.n_layers:
+        if not step.stored == step.read == self._model.n_layers - n_read:
             raise ModelError(OWN_ATTENTION.format(type(self._model.model).__name__))
         return logits

@@ -18,7 +18,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,18 +27,19 @@ from torch import nn
 
 from convergent.core.values import Response
 from convergent.errors import InputError, ModelError
-from convergent.interventions.hooks import Rows, applied_rows
+from convergent.interventions.hooks import Rows, applied_rows, n_clean
 from convergent.models.attention import attending_by, plain_layers
 from convergent.models.chat import encode_prompt
 from convergent.models.lanes import lanes_on
 from convergent.models.load import ChatModel
 from convergent.models.positions import has_table, most_positions, rescaled_from
 from convergent.models.products import laid_out
+from convergent.models.resumed import resumable
 from convergent.sampling.attention import ATTENTION, attention
 from convergent.sampling.blocks import decoding_blocks, fitting
 from convergent.sampling.invariance import shape_of
-from convergent.sampling.lane import Lane, Row, Tally, Work, prove
-from convergent.sampling.prefill import OWN_ATTENTION
+from convergent.sampling.lane import Lane, Row, Tally, Work
+from convergent.sampling.proof import OWN_ATTENTION, prove, resumes
 from convergent.sampling.requests import Request
 
 DEFAULT_ROWS = 256
@@ -70,18 +71,28 @@ def sample(
     prompts = {asked: encode_prompt(model.tokenizer, *asked) for asked in {(r.question, r.system) for r in wanted}}
     limit = min(n_rows, len(wanted))
     n_lanes, n_threads = lanes_for(model, limit)
-    work = Work([Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)], n_lanes)
+    rows_of = [Row(i, r, number[r.condition.content_id], prompts[r.question, r.system]) for i, r in enumerate(wanted)]
     done: dict[int, Response] = {}
-    with slot_attention(model.model), laid_out(model.model):
-        prove(model, next(iter(prompts.values())))
+    with ExitStack() as stack:
+        stack.enter_context(slot_attention(model.model))
+        stack.enter_context(laid_out(model.model))
+        first = next(iter(prompts.values()))
+        prove(model, first)
+        _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
+        clean = [0] * len(conditions)
         if model.device.type == "cpu":
             fitting(model, n_threads)  # remembered: with hooks inside, blocks would compute something else
-        _check_lengths(model, {(len(prompts[r.question, r.system]), r.condition.sampling.max_new_tokens) for r in wanted})
-        with applied_rows(model.anatomy, [c.interventions for c in conditions.values()]) as rows, decoding_blocks(model, n_threads):
-            for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
-                done[index] = response
-                if on_response is not None:
-                    on_response(response)
+            if resumes(model, first):
+                clean = [n_clean(c.interventions, model.anatomy) for c in conditions.values()]
+        work = Work(rows_of, n_lanes, clean)
+        rows = stack.enter_context(applied_rows(model.anatomy, [c.interventions for c in conditions.values()]))
+        if work.stems.of_use:
+            stack.enter_context(resumable(model.anatomy.blocks))
+        stack.enter_context(decoding_blocks(model, n_threads))
+        for index, response in _run(model, work, rows, limit, n_lanes, n_threads, tally or Tally()):
+            done[index] = response
+            if on_response is not None:
+                on_response(response)
     return [done[i] for i in range(len(wanted))]
 
 

@@ -11,6 +11,7 @@ import torch
 from convergent.models.load import base_folder
 from convergent.models.products import MOST_KEPT
 from convergent.sampling.invariance import panel_for
+from convergent.sampling.stems import MOST_KEPT as PROMPTS_KEPT
 from convergent.study.run import Run
 from convergent.study.speed import parameters
 
@@ -71,8 +72,10 @@ def needed(run: Run, size: Size, there: float | None) -> Memory:
         rows = math.ceil(rows / panel_for(token)) * panel_for(token)
     cache: float = rows * (TEXT_TOKENS + run.spec.sampling.max_new_tokens) * token
     weights = size.parameters * width
-    if run.spec.device == "cpu" and weights <= MOST_KEPT:
-        cache += weights  # laid out a second time while answers are sampled
+    if run.spec.device == "cpu":
+        cache += PROMPTS_KEPT
+        if weights <= MOST_KEPT:
+            cache += weights  # laid out a second time while answers are sampled
     training = 0.0
     for plan in run.organisms.values():
         if plan.recipe is not None:
