@@ -13,13 +13,14 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convergent.models.patched import forward_of
 from convergent.models.probe import remembered
 
 WORTH_IT = 1.3
@@ -110,9 +111,8 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 def speed_up(model: nn.Module) -> None:
     """Let the float32 linear layers of `model` compute by `linear` from now on, where that is another library."""
-    for layer in _plain(model):
-        if layer.weight.dtype == torch.float32:
-            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    for layer in _plain(model, torch.float32):
+        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -122,24 +122,27 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 @contextmanager
 def sped_up(model: nn.Module) -> Iterator[None]:
     """Run the body with `speed_up`; the layers are as they were afterwards."""
-    with _restored(model):
-        speed_up(model)
+    with ExitStack() as stack:
+        for layer in _plain(model, torch.float32):
+            stack.enter_context(forward_of(layer, functools.partial(_forward, layer)))
         yield
 
 
 @contextmanager
 def laid_out(model: nn.Module) -> Iterator[None]:
     """Run the body, which computes no gradient, with the linear layers in oneDNN's layout, up to `MOST_KEPT` bytes of weights; beyond, as `sped_up`."""
-    with _restored(model):
-        speed_up(model)
-        if kept_bytes(model):
-            layouts: dict[int, Any] = {}
-            for layer in _plain(model):
-                w = layer.weight
-                if id(w) not in layouts:
-                    with torch.inference_mode():
-                        layouts[id(w)] = torch.ops.mkldnn._reorder_linear_weight(w.detach(), None)
-                layer.forward = functools.partial(_kept_forward, layer, layouts[id(w)])  # type: ignore[method-assign]
+    if not kept_bytes(model):
+        with sped_up(model):
+            yield
+        return
+    with ExitStack() as stack:
+        layouts: dict[int, Any] = {}
+        for layer in _plain(model):
+            w = layer.weight
+            if id(w) not in layouts:
+                with torch.inference_mode():
+                    layouts[id(w)] = torch.ops.mkldnn._reorder_linear_weight(w.detach(), None)
+            stack.enter_context(forward_of(layer, functools.partial(_kept_forward, layer, layouts[id(w)])))
         yield
 
 
@@ -167,20 +170,7 @@ def kept_bytes(model: nn.Module) -> int:
     return n_bytes if n_bytes <= MOST_KEPT else 0
 
 
-def _plain(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that oneDNN computes here. Those of another class may do something else, and keep it."""
-    return [m for m in model.modules() if type(m) is nn.Linear and by_onednn(m.weight.dtype, m.weight.device)]
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back what `forward` of each linear layer was."""
-    layers = _plain(model)
-    before = [m.__dict__.get("forward") for m in layers]
-    try:
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            layer.__dict__.pop("forward", None)
-            if own is not None:
-                layer.forward = own  # type: ignore[method-assign]
+def _plain(model: nn.Module, dtype: torch.dtype | None = None) -> list[nn.Linear]:
+    """The linear layers that oneDNN computes here, of that dtype or of any. Those of another class may do something else, and keep it."""
+    plain = [m for m in model.modules() if type(m) is nn.Linear and by_onednn(m.weight.dtype, m.weight.device)]
+    return [m for m in plain if dtype in (None, m.weight.dtype)]

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from convergent.models.cached import cache_name
 from convergent.models.load import ChatModel
 from convergent.models.patched import forward_of
-from convergent.models.products import product_of
+from convergent.models.products import in_force, product_of
 from convergent.sampling.attention import attention
 from convergent.sampling.cache import SPAN, SlotCache
+from convergent.sampling.invariance import counted
 
 ROWS = (1, 2, 3, 4, 7, 16, 33)
 """Numbers of rows at which both ways are compared."""
@@ -116,7 +117,7 @@ def fitting(model: ChatModel, n_threads: int) -> list[tuple[nn.Module, _Parts]]:
     if not found:
         return []
     like = found[0][1].linears["q_proj"]
-    key = like.weight.dtype, n_threads, "forward" in like.__dict__
+    key = like.weight.dtype, n_threads, in_force(found[0][0])
     known = _known.setdefault(model.model, {})
     if key not in known:
         before = torch.get_num_threads()
@@ -133,7 +134,7 @@ def fitting(model: ChatModel, n_threads: int) -> list[tuple[nn.Module, _Parts]]:
 def _agree(model: ChatModel, block: Any, parts: _Parts, rows: int) -> bool:
     """Whether both ways give the same bits for so many rows: of the output, and of what is stored."""
     like, d, layer, name = parts.linears["q_proj"].weight, parts.attention.head_dim, parts.attention.layer_idx, cache_name(model.model)
-    x = torch.sin(torch.arange(rows * model.d_model, dtype=torch.float64) * 0.7310585).view(rows, 1, -1).mul(3).to(like)
+    x = counted(rows, 1, model.d_model).mul(3).to(like)
     angles = torch.arange(rows * (d // 2), dtype=torch.float64).view(rows, 1, -1)
     embeddings = tuple(torch.cat((t, t), -1).to(like) for t in (angles.cos(), angles.sin()))
     seen: list[list[Any]] = []

@@ -105,7 +105,7 @@ def _linears_are_invariant(model: ChatModel, n_rows: int, sizes: Sequence[int]) 
     layers = {tuple(m.weight.shape): m for m in model.model.modules() if isinstance(m, torch.nn.Linear)}
     for layer in layers.values():
         product = product_of(layer)
-        x = _counted(n_rows, layer.weight.shape[1]).to(layer.weight)
+        x = counted(n_rows, layer.weight.shape[1]).to(layer.weight)
         y = product(x)
         if not torch.equal(product(x.flip(0)).flip(0), y):
             return False
@@ -127,8 +127,8 @@ def _attention_is_invariant(model: ChatModel, sizes: Sequence[int]) -> bool:
     n_heads, n_kv, d, width = _heads(model)
     like = next(model.model.parameters())
     rows, longest = max(sizes), 5 * SPAN
-    q = _counted(rows, n_heads, 1, d).to(like)
-    k, v = _counted(rows, n_kv, longest, d).to(like), _counted(rows, n_kv, longest, width).flip(0).to(like)
+    q = counted(rows, n_heads, 1, d).to(like)
+    k, v = counted(rows, n_kv, longest, d).to(like), counted(rows, n_kv, longest, width).flip(0).to(like)
     found = []
     for n in sizes:
         with attending(torch.full((n, 1), SPAN - 2, device=like.device)):
@@ -145,11 +145,11 @@ def sharing_is_invariant(model: ChatModel) -> bool:
     n_heads, n_kv, d, width = _heads(model)
     like = next(model.model.parameters())
     most = max(PROMPT_ROWS)
-    q = _counted(most, n_heads, 1, d).to(like)
-    k, v = _counted(most, n_kv, SPAN, d).to(like), _counted(most, n_kv, SPAN, width).flip(0).to(like)
+    q = counted(most, n_heads, 1, d).to(like)
+    k, v = counted(most, n_kv, SPAN, d).to(like), counted(most, n_kv, SPAN, width).flip(0).to(like)
     for length in (SHARED_FROM, SHARED_FROM + SPAN + 3, 8 * SHARED_FROM):
         prompt = SlotCache(1, length)
-        prompt.keys[0], prompt.values[0] = (_counted(1, n_kv, prompt.length, w).to(like) * s for w, s in ((d, 1.0), (width, -0.5)))
+        prompt.keys[0], prompt.values[0] = (counted(1, n_kv, prompt.length, w).to(like) * s for w, s in ((d, 1.0), (width, -0.5)))
         cache = SlotCache(most, SPAN)
 
         def attend(order: list[int], cache: SlotCache = cache, prompt: SlotCache = prompt, length: int = length) -> Tensor:
@@ -166,6 +166,6 @@ def sharing_is_invariant(model: ChatModel) -> bool:
     return True
 
 
-def _counted(*shape: int) -> Tensor:
+def counted(*shape: int) -> Tensor:
     """Numbers in [-1, 1] without pattern or random state."""
     return torch.sin(torch.arange(math.prod(shape), dtype=torch.float64) * 0.7310585).view(shape)
