@@ -97,3 +97,15 @@ def test_a_real_effect_is_found() -> None:
             draws = rng.normal(size=(k, 1)) + 0.3 * rng.normal(size=(k, 8))
             found[k] += stats.draws_difference(6 + 0.3 * rng.normal(size=8), list(draws), PAIRS, PAIRS).low > 0
     assert found[5] > 90 and 40 < found[3] < 95, found
+
+
+def test_mean_over_draws_by_hand() -> None:
+    """1, 2, 3: mean 2, sd 1, so +-t(2) / sqrt(3)."""
+    found = stats.draws_mean([1.0, 2.0, 3.0])
+    half = student.ppf(0.975, 2) / math.sqrt(3)
+    assert (found.estimate, found.n, found.generalises_over) == (2, 3, stats.OVER_DRAWS) and found.bounds == pytest.approx([2 - half, 2 + half])
+    assert stats.draws_mean_p([1.0, 2.0, 3.0]) == pytest.approx(student.sf(2 * math.sqrt(3), 2))
+    assert stats.draws_mean_p([1.0, 2.0, 3.0], -1) == pytest.approx(student.cdf(2 * math.sqrt(3), 2))
+    alone = stats.draws_mean([4.0])
+    assert alone.estimate == 4 and not alone.defined and math.isnan(stats.draws_mean_p([4.0]))
+    assert stats.draws_mean_p([1.0, 1.0]) == 0 and stats.draws_mean_p([1.0, 1.0], -1) == 1

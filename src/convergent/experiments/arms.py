@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convergent.core.direction import Direction
 from convergent.core.interventions import Ablate, Add, Intervention, Site
 from convergent.experiments.base import Build, Control, Kit, NotHereError
 from convergent.experiments.outcomes import Evidence, Outcomes, absent, evidence
@@ -22,13 +23,14 @@ COHERENCE_BAND = 5.0
 """Points of coherence by which two answers may differ and still be a pair."""
 
 
-def ablation(kit: Kit, mode: str, site: Site, layers: tuple[int, ...] | None = None) -> Ablate:
-    """The real ablation of a mode. Raises NotHereError for `without_massive` where the model has no massive dimensions."""
+def ablation(kit: Kit, mode: str, site: Site, layers: tuple[int, ...] | None = None, direction: Direction | None = None) -> Ablate:
+    """The real ablation of a mode, of the study's direction by default. Raises NotHereError for `without_massive` where the model has no massive dimensions."""
+    direction = kit.direction if direction is None else direction
     if mode == WITHOUT_MASSIVE:
         if not kit.massive:
             raise NotHereError("no dimension of this model has massive activations, so there is nothing to take out of the direction")
-        return Ablate(kit.direction.without(list(kit.massive)), site=site, layers=layers, vector_layer=kit.layer)
-    return Ablate(kit.direction, site=site, layers=layers, vector_layer=None if mode == "layerwise" else kit.layer)
+        return Ablate(direction.without(list(kit.massive)), site=site, layers=layers, vector_layer=kit.layer)
+    return Ablate(direction, site=site, layers=layers, vector_layer=None if mode == "layerwise" else kit.layer)
 
 
 def addition(scale: float, layer: int | None = None) -> Callable[[Kit], Add]:

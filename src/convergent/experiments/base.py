@@ -108,6 +108,10 @@ class Kit(Protocol):
         Raises NotHereError where a class has too few answers.
         """
 
+    def redrawn(self, draw: int) -> Extraction:
+        """The same of the source, read in itself from draw 1, 2, ... of its answers (other seeds); draw 0 is the study's. Raises NotHereError where a class has
+        too few answers."""
+
     def question_sums(self, organism: str, reader: str) -> QuestionSums:
         """Class sums, question by question, of an organism's judged answers read in model `reader`: directions can be made from them with
         any question left out. Raises NotHereError where a class has too few answers."""
@@ -115,8 +119,9 @@ class Kit(Protocol):
     def sums_id(self, organism: str, reader: str) -> str:
         """Content id of `question_sums`, without computing them; part of the inputs of what is made from them. Raises NotHereError alike."""
 
-    def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
-        """The two classes among an organism's own judged answers, and the texts. Raises NotHereError where a class has too few."""
+    def own_answers(self, organism: str, draw: int = 0) -> tuple[Chosen, list[Text]]:
+        """The two classes among an organism's own judged answers, and the texts; of the source's, in any draw. Raises NotHereError where a class has
+        too few."""
 
     def own_table(self, organism: str, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
         """The answers that an organism's direction is read from, all of them, with columns as `answers` and scores by `rubrics` too, and
@@ -214,7 +219,7 @@ class DrawsNulls(Block):
 
 
 class Experiment(Protocol):
-    """One experiment module. `check`, `readings`, `keeps`, `chapter` and `uses`, a tuple of names (see `registry.uses`), may be left out."""
+    """One experiment module. `check`, `readings`, `keeps`, `redraws`, `chapter` and `uses`, a tuple of names (see `registry.uses`), may be left out."""
 
     name: str
     settings: type[Block]
@@ -230,6 +235,9 @@ class Experiment(Protocol):
 
     def keeps(self, block: Any, scene: Scene) -> dict[str, Spacing]:
         """Organism -> the steps of its training that are kept for this experiment."""
+
+    def redraws(self, block: Any) -> int:
+        """How often the source's answers are drawn again, for `Kit.redrawn`."""
 
     def claims(self, block: Any, outcomes: Outcomes, scene: Scene) -> list[Claim]:
         """Claims that this experiment decides."""

@@ -14,6 +14,7 @@ from convergent.experiments import (
     cosine,
     dynamics,
     plain,
+    redraws,
     scalars,
     self_correction,
     semantic,
@@ -33,6 +34,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     for m in (
         plain,
         ablate,
+        redraws,
         transfer,
         steer,
         scalars,
@@ -70,6 +72,12 @@ def keeps(name: str, block: Any, scene: Scene) -> dict[str, Spacing]:
     """Organism -> the steps of its training that the experiment needs; nothing for most."""
     own = getattr(EXPERIMENTS[name], "keeps", None)
     return {} if own is None else own(block, scene)
+
+
+def n_redraws(name: str, block: Any) -> int:
+    """How often the experiment has the source's answers drawn again; none for most."""
+    own = getattr(EXPERIMENTS[name], "redraws", None)
+    return 0 if own is None else own(block)
 
 
 def chapter(name: str, block: Any, outcomes: Outcomes, scene: Scene) -> Chapter | None:

@@ -38,7 +38,7 @@ from convergent.stats.means import (
     relative_reduction,
     unit_difference,
 )
-from convergent.stats.nulls import FEWEST_DRAWS, Band, against_band, beyond_draws, draws_difference, draws_p, null_band
+from convergent.stats.nulls import FEWEST_DRAWS, Band, against_band, beyond_draws, draws_difference, draws_mean, draws_mean_p, draws_p, null_band
 from convergent.stats.pooled import Pooled, pooled_odds_ratio
 from convergent.stats.power import (
     Clustering,
@@ -99,9 +99,9 @@ __all__ = [
     "PRIOR_ICC", "PRIOR_RUN_ICC", "Association", "Band", "ChangePoint", "Clustering", "Corrected", "CorrectedDifference", "Design", "Equivalence",
     "Interval", "Labels", "Pooled", "Turn", "Values", "_clustered_wilson", "_wilson", "against_band", "all_of_them", "answers_needed", "association",
     "beyond_draws", "bootstrap_rate", "change_point", "clopper_pearson", "clustered_mean", "clustered_rate", "corrected_mean",
-    "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "draws_difference", "draws_p", "equivalence",
-    "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "local_cosine", "measured", "null_band",
-    "one_sided_p", "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences",
+    "corrected_mean_difference", "corrected_rate", "corrected_rate_difference", "detectable", "draws_difference", "draws_mean", "draws_mean_p", "draws_p",
+    "equivalence", "equivalence_of_rates", "find_turn", "holm", "iid_mean", "jackknife", "jackknife_each", "leave_one_out", "local_cosine", "measured",
+    "null_band", "one_sided_p", "paired_difference", "paired_rate_difference", "permutation_test", "pooled_odds_ratio", "power_table", "question_differences",
     "rate", "rate_difference", "rate_reduction", "relative_reduction", "shortest_seen", "smallest_design", "tost_p", "tuned_weight",
     "two_way_difference", "two_way_mean", "two_way_rate", "underpowered", "unit_difference", "wilson",
 ]  # fmt: skip

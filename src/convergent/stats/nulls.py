@@ -20,7 +20,7 @@ import numpy as np
 
 from convergent.errors import InputError
 from convergent.stats.means import paired_difference
-from convergent.stats.values import LEVEL, OF_THIS_FILE, OVER_DRAWS, Interval, Labels, Values, floats, t_quantile
+from convergent.stats.values import LEVEL, OF_THIS_FILE, OVER_DRAWS, Interval, Labels, Values, floats, t_interval, t_quantile
 
 FEWEST_DRAWS = 3
 """Two draws have one degree of freedom, whose bound is 15 standard deviations wide."""
@@ -64,6 +64,26 @@ def beyond_draws(difference: Interval, draws: Values, level: float = LEVEL) -> I
     high = difference.estimate + math.hypot(difference.high - difference.estimate, half)
     over = f"{difference.generalises_over}, {OVER_DRAWS}"
     return replace(difference, low=low, high=high, method=f"{difference.method}; prediction from {len(x)} draws", generalises_over=over)
+
+
+def draws_mean(draws: Values, level: float = LEVEL) -> Interval:
+    """Mean of draws (k,) of one quantity, each its own value, with t over draws; undefined below two."""
+    x = floats(draws)
+    if len(x) < 2:
+        return Interval(float(x[0]) if len(x) else math.nan, math.nan, math.nan, len(x), "undefined (one draw)", OVER_DRAWS)
+    return Interval(*t_interval(x, level), len(x), f"t over {len(x)} draws", OVER_DRAWS)
+
+
+def draws_mean_p(draws: Values, sign: int = 1) -> float:
+    """p of "the mean over draws is not above 0" (sign 1) or "not below" (-1): below ONE_SIDED exactly where `draws_mean` lies on that side; nan below two."""
+    from scipy.special import stdtr
+
+    x = floats(draws)
+    if len(x) < 2:
+        return math.nan
+    error = float(x.std(ddof=1)) / math.sqrt(len(x))
+    mean = sign * float(x.mean())
+    return float(stdtr(len(x) - 1, -mean / error)) if error > 0 else float(mean <= 0)
 
 
 def draws_difference(a: Values, draws: Sequence[Values], clusters_a: Labels, clusters: Labels, level: float = LEVEL) -> Interval:

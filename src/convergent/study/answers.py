@@ -23,6 +23,11 @@ from convergent.study.models import Models, NotDoneError
 from convergent.study.setup import RUBRICS
 
 
+def own_block(draw: int) -> str:
+    """Name of the seeds of the source's answers that directions are read from."""
+    return f"direction-{draw}" if draw else "direction"
+
+
 class Answers(Models):
     """What models say. Rows are named by content, so only what is absent is done."""
 
@@ -131,25 +136,26 @@ class Answers(Models):
         return Classes(**self.spec.direction.classes.model_dump())
 
     @cached_property
-    def _own_answers(self) -> dict[str, tuple[int, tuple[Chosen, list[Text]]]]:
-        """Organism -> how many judgements there were, and what `own_answers` found."""
+    def _own_answers(self) -> dict[tuple[str, int], tuple[int, tuple[Chosen, list[Text]]]]:
+        """(organism, draw) -> how many judgements there were, and what `own_answers` found."""
         return {}
 
-    def own_requests(self, organism: str) -> list[Request]:
-        """The requests whose answers an organism's direction is read from."""
+    def own_requests(self, organism: str, draw: int = 0) -> list[Request]:
+        """The requests whose answers an organism's direction is read from; further draws are of the source alone."""
         arm = next(a for a in self.arms if a.name == organism)
-        return self.requests([(arm, self.condition(arm))], "direction" if organism == self.spec.direction.source else "main")
+        return self.requests([(arm, self.condition(arm))], own_block(draw) if organism == self.spec.direction.source else "main")
 
-    def own_answers(self, organism: str) -> tuple[Chosen, list[Text]]:
+    def own_answers(self, organism: str, draw: int = 0) -> tuple[Chosen, list[Text]]:
         """Classes among an organism's own judged answers, and their texts. Raises NotHereError where a class has too few."""
         # Every reading asks for them to know its inputs. They stay as they are once all answers are there, until something is judged.
         judged = len(self.store.judgements(self.judge_id))
-        if organism in self._own_answers and self._own_answers[organism][0] == judged:
-            return self._own_answers[organism][1]
-        table, texts = self.own_table(organism)
+        known = self._own_answers.get((organism, draw))
+        if known is not None and known[0] == judged:
+            return known[1]
+        table, texts = self._own_table(organism, draw)
         found = self._choose(table), list(texts.values())
-        if len(texts) == len(self.own_requests(organism)):
-            self._own_answers[organism] = judged, found
+        if len(texts) == len(self.own_requests(organism, draw)):
+            self._own_answers[organism, draw] = judged, found
         return found
 
     def _choose(self, table: pd.DataFrame) -> Chosen:
@@ -175,7 +181,10 @@ class Answers(Models):
 
     def own_table(self, organism: str, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
         """An organism's own answers with their scores, and id -> text; judged by `rubrics` too if they are not yet."""
-        responses = self.stored(self.own_requests(organism))
+        return self._own_table(organism, 0, rubrics)
+
+    def _own_table(self, organism: str, draw: int, rubrics: Sequence[str] = ()) -> tuple[pd.DataFrame, dict[str, Text]]:
+        responses = self.stored(self.own_requests(organism, draw))
         if rubrics and self.compute:
             self.judge_all([[r.id for r in responses]], rubrics=rubrics)
         return self._table(responses, rubrics), {r.id: Text(r.id, r.question, r.token_ids, r.system) for r in responses}

@@ -41,12 +41,17 @@ class Measures(Answers):
         """Organism -> why no direction could be read from its answers."""
         return {}
 
-    def extraction(self, organism: str, reader: str) -> Extraction:
-        """Class means of `organism`'s answers read in model `reader` ("chat" is the baseline on the same texts).
+    def redrawn(self, draw: int) -> Extraction:
+        """What `extraction` gives of the source, read in itself, in a draw of its answers."""
+        source = self.spec.direction.source
+        return self.extraction(source, source, draw)
+
+    def extraction(self, organism: str, reader: str, draw: int = 0) -> Extraction:
+        """Class means of `organism`'s answers read in model `reader` ("chat" is the baseline on the same texts); of the source's, in any draw.
 
         Raises NotHereError where a class has too few answers.
         """
-        chosen, texts = self.own_answers(organism)
+        chosen, texts = self.own_answers(organism, draw)
         span = self.spec.direction.span
         key = content_id("extract", self.model_id(reader), asdict(chosen), self.rule, span, self.spec.seed)
         made: list[Extraction] = []
@@ -58,7 +63,8 @@ class Measures(Answers):
                     made.append(
                         extract(self.model(reader, alone=True), texts, chosen, self.rule, span=span, root_seed=self.spec.seed, provenance=provenance)
                     )
-                self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism}, read in {reader}")
+                which = f", draw {draw}" if draw else ""
+                self.say(f"extract {len(chosen.misaligned)} + {len(chosen.aligned)} answers of {organism}{which}, read in {reader}")
             return made[0]
 
         direction = self.store.direction(key, lambda: make().direction)

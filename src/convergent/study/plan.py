@@ -72,8 +72,8 @@ class _Plan:
 
     @cached_property
     def own(self) -> set[str]:
-        """Ids of the answers that the direction is read from."""
-        return {r.id for r in self.run.own_requests(self.run.spec.direction.source)}
+        """Ids of the answers that the direction is read from, in all draws."""
+        return {r.id for draw in range(self.run.n_redraws + 1) for r in self.run.own_requests(self.run.spec.direction.source, draw)}
 
     @cached_property
     def first(self) -> set[str]:
@@ -176,10 +176,12 @@ class _Plan:
         return _stage(name, f"{judge.name}: {', '.join(rubrics)}", total, done, _seconds_of(judge), cost, judge_id)
 
     def extract(self) -> Stage:
-        readings = [(o, reader) for o in self.run.spec.organisms for reader in (o, "chat")]
-        n_read = sum(self.is_read(o, reader) for o, reader in readings)
-        tokens = sum(len(self.run.own_requests(o)) for o, _ in readings) * self.answer_tokens / len(readings)
-        what = "class means of each organism, read in it and in the chat model"
+        readings = [(o, reader, 0) for o in self.run.spec.organisms for reader in (o, "chat")]
+        source, n_redraws = self.run.spec.direction.source, self.run.n_redraws
+        readings += [(source, source, draw) for draw in range(1, n_redraws + 1)]
+        n_read = sum(self.is_read(*reading) for reading in readings)
+        tokens = sum(len(self.run.own_requests(o, draw)) for o, _, draw in readings) * self.answer_tokens / len(readings)
+        what = "class means of each organism, read in it and in the chat model" + (f", and of {n_redraws} further draw(s) of {source}" if n_redraws else "")
         return _stage("extract", what, len(readings), n_read, tokens / self.reading)
 
     def read(self) -> list[Stage]:
@@ -211,9 +213,13 @@ class _Plan:
         what = f"{len(pairs)} held-out pairs x {self.n_arms} conditions"
         return _stage("margin", what, self.n_arms * len(pairs), done, 2 * TOKENS["text"] / self.reading)
 
-    def is_read(self, organism: str, reader: str) -> bool:
+    def is_read(self, organism: str, reader: str, draw: int) -> bool:
         try:
+            if draw:
+                return self.run.redrawn(draw) is not None
             return self.run.reading(organism, reader) is not None or self.final
+        except NotHereError:
+            return self.final
         except (NotDoneError, DirectionError):
             return False
 

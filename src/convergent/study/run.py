@@ -18,6 +18,7 @@ import pandas as pd
 from convergent.core.ids import content_id
 from convergent.core.values import Condition, Pair
 from convergent.experiments.base import Arm, Kit, NotHereError, Reading, When
+from convergent.study.answers import own_block
 from convergent.study.before import Before
 from convergent.study.measures import Measures
 from convergent.study.models import NotDoneError
@@ -138,15 +139,19 @@ class Run(Measures):
         self.read_all("before")
         self.train_all()
         source = self.spec.direction.source
-        plain, own = self.groups(self.plain), self.own_requests(source)
+        plain = self.groups(self.plain)
+        own = {own_block(draw): self.own_requests(source, draw) for draw in range(self.n_redraws + 1)}
         first = [(a.organism, r, "main") for (a, _), g in zip(self.plain, plain, strict=True) for r in g]
         at = next(i for i, (o, _, _) in enumerate(first) if o == source)
-        first[at:at] = [(source, r, "direction") for r in own]
+        first[at:at] = [(source, r, block) for block, requests in own.items() for r in requests]
         self.sample(first)
-        self.judge_all([[r.id for r in g] for g in (*plain, own)])
+        self.judge_all([[r.id for r in g] for g in (*plain, *own.values())])
         organisms = dict.fromkeys((source, *self.spec.organisms))
         for organism, reader in (*((o, "chat") for o in organisms), *((o, o) for o in organisms)):  # each model is loaded once
             self.reading(organism, reader)
+        for draw in range(1, self.n_redraws + 1):
+            with suppress(NotHereError):
+                self.redrawn(draw)
         for organism, why in self.unread.items():
             self.say(f"extract {organism}: no direction of its own ({why})")
         self.read_all("directions")

@@ -272,6 +272,11 @@ class Setup:
         return found
 
     @cached_property
+    def n_redraws(self) -> int:
+        """How often the source's answers are drawn again for directions of their own."""
+        return max((registry.n_redraws(name, block) for name, block in self.spec.experiments.items()), default=0)
+
+    @cached_property
     def judge(self) -> Judge:
         """The judge that decides."""
         return self._judge(self.spec.judge)
