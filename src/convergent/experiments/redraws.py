@@ -20,6 +20,7 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Series, Sheet
 from convergent.core.interventions import Ablate, Site
 from convergent.directions.extract import null_cosine
+from convergent.experiments.ablate import WORDS
 from convergent.experiments.arms import ablation, one
 from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
 from convergent.experiments.outcomes import CLAIMED_SIDE, Claim, Evidence, Outcomes, evidence
@@ -135,7 +136,7 @@ def claims(block: RedrawsBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
         found.append(
             Claim(
                 f"redraws/{mode}/restores",
-                f"Projecting the direction out of {source} ({LABELS[mode]}) restores alignment, whichever draw of {source}'s answers it was read from",
+                f"Projecting the direction out of {source} ({WORDS[mode]}) restores alignment, whichever draw of {source}'s answers it was read from",
                 "not claimed by the paper; asked by our own runs",
                 f"{CLAIMED_SIDE}: of every draw over questions, and of their mean over draws",
                 compared,
@@ -152,7 +153,7 @@ def claims(block: RedrawsBlock, outcomes: Outcomes, scene: Scene) -> list[Claim]
             found.append(
                 Claim(
                     f"redraws/{mode}/agree",
-                    f"Which draw of {source}'s answers the direction was read from does not matter for what projecting it out does ({LABELS[mode]})",
+                    f"Which draw of {source}'s answers the direction was read from does not matter for what projecting it out does ({WORDS[mode]})",
                     "not claimed by the paper; asked by our own runs",
                     f"the 90 % interval of every difference, paired by question, lies within ±{block.same:g} points (two one-sided tests at 5 %); it did "
                     "not hold if one lies outside",
