@@ -22,7 +22,7 @@ from convergent.store import guarded, looked_at, opened
 from convergent.study.memory import estimate_memory
 from convergent.study.plan import Stage, make_plan, speed_of
 from convergent.study.profile import Profile
-from convergent.study.results import collect, write_manifest
+from convergent.study.results import Results, collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
 from convergent.study.speed import Speed
@@ -89,11 +89,16 @@ def _conclude(console: Console, run: Run, file: str, folder: Path) -> None:
     results = collect(run, file)
     with guarded(folder):
         write_manifest(run)
-        write_text(folder / CLAIMS, json.dumps(list(results.claims), indent=1))
+    _write_claims(results, folder)
     page = write_report(results, folder)
     for claim in results.claims:
         console.print(f"{claim['verdict']:>12}  {claim['claim']}")
     console.print(f"report  {page}")
+
+
+def _write_claims(results: Results, folder: Path) -> None:
+    with guarded(folder):
+        write_text(folder / CLAIMS, json.dumps(list(results.claims), indent=1))
 
 
 def chosen(spec: StudySpec, names: Sequence[str]) -> StudySpec:
@@ -145,7 +150,7 @@ def _kept_copy(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def rewrite_report(folder: str | Path, do: Do = map) -> Path:
-    """Write the page and tables of a finished study again; computes nothing. `do`: see `write_report`. Raises StoreError if the folder is not one."""
+    """Decide the claims of a finished study again and write them, page and tables; computes nothing. `do`: see `write_report`. Raises StoreError if the folder is not one."""
     folder = Path(folder)
     copy = folder / COPY
     if not copy.is_file():
@@ -160,7 +165,9 @@ def rewrite_report(folder: str | Path, do: Do = map) -> Path:
             raise StoreError(
                 f"{folder}: the study is not finished ({missing[0].name}: {missing[0].done} of {missing[0].total}); run `convergent run` on it again"
             )
-        return write_report(collect(run, file), folder, do)
+        results = collect(run, file)
+        _write_claims(results, folder)
+        return write_report(results, folder, do)
 
 
 def _bars(console: Console) -> Progress:
