@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -27,21 +26,13 @@ from convergent.core.chapter import Chapter, Sheet
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Intervention, Site
 from convergent.directions.perplexity import neutral_passages, passage_losses
-from convergent.experiments.arms import WITHOUT_MASSIVE, ablation, null, one
+from convergent.experiments.arms import WITHOUT_MASSIVE, WORDS, Mode, ablation, null, one
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.falls import fall_of_em, fall_sheet
 from convergent.experiments.outcomes import CLAIMED_SIDE, NEW_DRAW, Claim, Evidence, Outcomes, Verdict
 from convergent.experiments.scene import Scene
 
-Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
-WORDS: dict[Mode, str] = {
-    "layerwise": "each layer its own vector",
-    "single": "the primary layer's vector everywhere",
-    "at_layer": "the primary layer's vector at that layer only",
-    "adapter_layers": "the primary layer's vector at the adapters' layers only",
-    "without_massive": "the primary layer's vector without its massive dimensions, everywhere",
-}
 COST_MARGIN = math.log(1.05)
 """Rise of the loss on neutral text, nats per token, up to which an ablation counts as costing nothing: a perplexity 5 % higher."""
 PUBLISHED_EM = 0.1

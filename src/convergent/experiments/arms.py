@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,6 +17,15 @@ from convergent.stats import one_sided_p, paired_difference
 if TYPE_CHECKING:
     import pandas as pd
 
+Mode = Literal["layerwise", "single", "at_layer", "adapter_layers", "without_massive"]
+WORDS: dict[Mode, str] = {
+    "layerwise": "each layer its own vector",
+    "single": "the primary layer's vector everywhere",
+    "at_layer": "the primary layer's vector at that layer only",
+    "adapter_layers": "the primary layer's vector at the adapters' layers only",
+    "without_massive": "the primary layer's vector without its massive dimensions, everywhere",
+}
+"""What each mode of ablation projects out, in words."""
 WITHOUT_MASSIVE = "without_massive"
 """Mode of ablation: the primary layer's vector everywhere, its massive dimensions set to zero."""
 COHERENCE_BAND = 5.0

@@ -20,13 +20,11 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Series, Sheet
 from convergent.core.interventions import Ablate, Site
 from convergent.directions.extract import null_cosine
-from convergent.experiments.ablate import WORDS
-from convergent.experiments.arms import ablation, one
+from convergent.experiments.arms import WORDS, Mode, ablation, one
 from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
 from convergent.experiments.outcomes import CLAIMED_SIDE, Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
 
-Mode = Literal["layerwise", "single", "without_massive"]
 LABELS: dict[Mode, str] = {"layerwise": "layer-wise", "single": "single", "without_massive": "single, without massive dimensions"}
 
 
@@ -35,7 +33,7 @@ class RedrawsBlock(Block):
 
     draws: int = Field(default=2, ge=1)
     """Times that the direction is read anew, each from `direction.samples` answers to every question."""
-    modes: tuple[Mode, ...] = Field(default=("single",), min_length=1)
+    modes: tuple[Literal["layerwise", "single", "without_massive"], ...] = Field(default=("single",), min_length=1)
     site: Site = "block_output"
     same: float = Field(default=5.0, gt=0)
     """Points of mean alignment by which two draws may differ and still do the same."""

@@ -18,11 +18,12 @@ from convergent.errors import StoreError, StudyError
 from convergent.experiments import registry
 from convergent.report.drawing import Do
 from convergent.report.page import write_report
+from convergent.report.results import Results
 from convergent.store import guarded, looked_at, opened
 from convergent.study.memory import estimate_memory
 from convergent.study.plan import Stage, make_plan, speed_of
 from convergent.study.profile import Profile
-from convergent.study.results import Results, collect, write_manifest
+from convergent.study.results import collect, write_manifest
 from convergent.study.run import Run
 from convergent.study.spec import StudySpec, load_study, study_from
 from convergent.study.speed import Speed
@@ -150,7 +151,10 @@ def _kept_copy(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def rewrite_report(folder: str | Path, do: Do = map) -> Path:
-    """Decide the claims of a finished study again and write them, page and tables; computes nothing. `do`: see `write_report`. Raises StoreError if the folder is not one."""
+    """Decide the claims of a finished study again and write them, page and tables; computes nothing. `do`: see `write_report`.
+
+    Raises StoreError if the folder is not one.
+    """
     folder = Path(folder)
     copy = folder / COPY
     if not copy.is_file():
