@@ -110,12 +110,9 @@ class _Adder(threading.local):
     """(n_layers,)."""
 
     def add(self, layer: int, h: Tensor) -> None:
-        # A batch in float32, which costs a third of float64, over batches in float64.
-        flat = h.flatten(0, 1)
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        share = self.share.to(flat.dtype)
-        self.sums[:, layer] += share[:-1] @ flat
-        self.norms[layer] += (flat.norm(dim=1) * share[-1]).sum()
+        flat = h.flatten(0, 1).double()
+        self.sums[:, layer] += self.share[:-1] @ flat
+        self.norms[layer] += (flat.norm(dim=1) * self.share[-1]).sum()
 
 
 @contextmanager
