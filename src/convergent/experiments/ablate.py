@@ -26,7 +26,7 @@ from convergent.core.chapter import Chapter, Sheet
 from convergent.core.ids import content_id
 from convergent.core.interventions import Ablate, Intervention, Site
 from convergent.directions.perplexity import neutral_passages, passage_losses
-from convergent.experiments.arms import WITHOUT_MASSIVE, WORDS, Mode, ablation, null, one
+from convergent.experiments.arms import LABELS, WITHOUT_MASSIVE, WORDS, Mode, ablation, null, one
 from convergent.experiments.base import CONTROL_LABELS, CONTROLS, Arm, Control, DrawsNulls, Kit, NotHereError, Reading
 from convergent.experiments.draws import further_draws, redraw
 from convergent.experiments.falls import fall_of_em, fall_sheet
@@ -103,13 +103,9 @@ def arms(block: AblateBlock, scene: Scene) -> list[Arm]:
     """The real ablations, and each control of one of them."""
     source = scene.source
     where = {"block_output": "at every block's output", "all_writes": "from every write to the residual stream"}
-    labels = {
-        "layerwise": "layer-wise", "single": "single", "at_layer": "at its layer only", "adapter_layers": "at the adapters' layers",
-        "without_massive": "single, without massive dimensions",
-    }  # fmt: skip
     found = [
         Arm(
-            arm, source, f"{source}, direction ablated ({labels[mode]}{', all writes' if site == 'all_writes' else ''})",
+            arm, source, f"{source}, direction ablated ({LABELS[mode]}{', all writes' if site == 'all_writes' else ''})",
             f"{source} with {WORDS[mode]} projected out {where[site]}.", "ablation", "real", one(_made(mode, site, block, scene)),
         )
         for arm, (mode, site) in _real(block, source).items()

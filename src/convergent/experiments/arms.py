@@ -26,6 +26,14 @@ WORDS: dict[Mode, str] = {
     "without_massive": "the primary layer's vector without its massive dimensions, everywhere",
 }
 """What each mode of ablation projects out, in words."""
+LABELS: dict[Mode, str] = {
+    "layerwise": "layer-wise",
+    "single": "single",
+    "at_layer": "at its layer only",
+    "adapter_layers": "at the adapters' layers",
+    "without_massive": "single, without massive dimensions",
+}
+"""The same in a condition's name."""
 WITHOUT_MASSIVE = "without_massive"
 """Mode of ablation: the primary layer's vector everywhere, its massive dimensions set to zero."""
 COHERENCE_BAND = 5.0

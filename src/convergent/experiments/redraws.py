@@ -20,12 +20,10 @@ from convergent import stats
 from convergent.core.chapter import Chapter, Chart, Panel, Series, Sheet
 from convergent.core.interventions import Ablate, Site
 from convergent.directions.extract import null_cosine
-from convergent.experiments.arms import WORDS, Mode, ablation, one
+from convergent.experiments.arms import LABELS, WORDS, Mode, ablation, one
 from convergent.experiments.base import Arm, Block, Kit, NotHereError, Reading
 from convergent.experiments.outcomes import CLAIMED_SIDE, Claim, Evidence, Outcomes, evidence
 from convergent.experiments.scene import Scene
-
-LABELS: dict[Mode, str] = {"layerwise": "layer-wise", "single": "single", "without_massive": "single, without massive dimensions"}
 
 
 class RedrawsBlock(Block):

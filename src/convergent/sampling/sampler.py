@@ -82,7 +82,7 @@ def sample(
         clean = [0] * len(conditions)
         if model.device.type == "cpu":
             fitting(model, n_threads)  # remembered: with hooks inside, blocks would compute something else
-            if resumes(model, first):
+            if len(conditions) > 1 and resumes(model, first):
                 clean = [n_clean(c.interventions, model.anatomy) for c in conditions.values()]
         work = Work(rows_of, n_lanes, clean)
         rows = stack.enter_context(applied_rows(model.anatomy, [c.interventions for c in conditions.values()]))
